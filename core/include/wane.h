@@ -1,0 +1,354 @@
+/* wane.h: the whole public C API of libwane, and its manual.
+ *
+ * This very file is read three ways: by C compilers, by C++ compilers, and by LuaJIT's ffi.cdef (lua/wane/core.lua drops the
+ * lines that begin with '#' and the export macro). So: constants are enums, handles are opaque, nothing is passed by value.
+ *
+ * Conventions
+ *   status    Functions that can fail return int: WANE_OK (0), WANE_PENDING (1) where said, or a negative WANE_E_*. The message
+ *             of the last failure on the calling thread is wane_error(): what was expected, what was found, what to do.
+ *   stream    Ops are enqueued on a stream and run in order on the library's workers; the calling thread does not compute.
+ *             Shapes, dtypes and all memory are settled at the call. A stream and its tensors belong to one thread at a time.
+ *   handle    A tensor is held through a 16-byte wane_handle that the caller owns. Functions that make a tensor fill `out`.
+ *             A handle used after its tensor was freed is WANE_E_STALE, never a crash. `out` may not alias an input.
+ *   shapes    Row-major, sizes in elements, at most WANE_MAX_DIMS dimensions. [B, T, C] in comments: batch, time, channels.
+ *   optional  A wane_handle pointer marked optional may be NULL.
+ * libwane never prints, exits, aborts, installs signal handlers or starts a thread before there is work for it. */
+#ifndef WANE_H
+#define WANE_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#ifndef WANE_API
+#define WANE_API __attribute__((visibility("default")))
+#endif
+#ifdef __cplusplus
+extern "C" { /* c++ */
+#endif
+
+/* ================================================================ 1. Library */
+
+enum { WANE_ABI = 1, WANE_MAX_DIMS = 8, WANE_NAME_MAX = 128 };
+
+enum {
+  WANE_OK = 0,
+  WANE_PENDING = 1,          /* not finished yet; poll, arm or wait */
+  WANE_E_ARG = -1,           /* an argument is wrong (a caller's mistake) */
+  WANE_E_SHAPE = -2,         /* shapes do not fit together */
+  WANE_E_DTYPE = -3,         /* this op does not take that dtype */
+  WANE_E_STALE = -4,         /* the tensor was freed, or belongs to another stream */
+  WANE_E_MEMORY = -5,        /* malloc or mmap failed */
+  WANE_E_CANCELLED = -6,     /* cancelled by the caller */
+  WANE_E_FAILED = -7,        /* an op failed while running */
+  WANE_E_FORKED = -8,        /* the op was in flight when the process forked; it is lost in the child */
+  WANE_E_TIMEOUT = -9,
+  WANE_E_IO = -10,           /* the operating system refused; errno's text is in the message */
+  WANE_E_FORMAT = -11,       /* a file does not hold what its format demands */
+  WANE_E_UNSUPPORTED = -12,  /* valid, but not something this build does */
+  WANE_E_NOTFOUND = -13
+};
+
+/* ABI number of the library: must equal WANE_ABI of the header in use. */
+WANE_API int wane_abi(void);
+/* "0.1.0" */
+WANE_API const char *wane_version(void);
+/* Message of the last failure on this thread; "" if there was none. Owned by the library, valid until the next failure. */
+WANE_API const char *wane_error(void);
+/* "WANE_E_SHAPE" for a status; never NULL. */
+WANE_API const char *wane_status_name(int status);
+/* Monotonic seconds. */
+WANE_API double wane_clock(void);
+
+/* ================================================================ 2. Processor, threads, memory */
+
+/* Instruction-set levels of the CPU backend, each containing the ones before it. */
+enum {
+  WANE_CPU_GENERIC = 0,      /* portable C, the scalar reference */
+  WANE_CPU_AVX2 = 1,         /* AVX2, FMA, F16C */
+  WANE_CPU_AVX512 = 2,       /* F BW VL DQ VNNI VBMI */
+  WANE_CPU_AVX512BF16 = 3,
+  WANE_CPU_AMX = 4           /* tile, int8, bf16; permission asked of the kernel */
+};
+/* Level in use: what the CPU has, lowered (never raised) by the environment variable WANE_CPU = generic | avx2 | avx512 |
+ * avx512bf16 | amx, read once at first use, or by wane_set_cpu_level. */
+WANE_API int wane_cpu_level(void);
+/* Level that the CPU offers, whatever WANE_CPU says. */
+WANE_API int wane_cpu_best(void);
+/* Chooses a level for ops enqueued from now on. WANE_E_UNSUPPORTED above wane_cpu_best(). */
+WANE_API int wane_set_cpu_level(int level);
+/* "avx2" for WANE_CPU_AVX2; NULL for an unknown number. */
+WANE_API const char *wane_cpu_level_name(int level);
+/* The CPU's brand string, for reports. */
+WANE_API const char *wane_cpu_name(void);
+/* Space-separated notes on what this CPU is slow or fast at ("bf16-dot-slow", "prefetch-pays"), for `wane doctor`. */
+WANE_API const char *wane_cpu_notes(void);
+
+/* Number of workers: the smaller of the affinity mask and the cgroup's CPU quota, unless wane_set_threads said otherwise. */
+WANE_API int wane_threads(void);
+/* n >= 1; 0 restores the default. Results never depend on it. */
+WANE_API int wane_set_threads(int n);
+/* Workers alive right now (0 before the first op and after some idle seconds). */
+WANE_API int wane_live_threads(void);
+
+typedef struct wane_memory {
+  uint64_t heap;             /* bytes held through wane's allocator now */
+  uint64_t heap_peak;
+  uint64_t mapped;           /* bytes of files mapped now */
+  uint64_t limit;            /* bytes this process may use: cgroup limit or physical memory */
+  uint64_t rss;              /* resident set of the process now */
+  uint64_t rss_peak;         /* VmHWM */
+  int64_t tensors;           /* live tensor descriptors */
+  int64_t allocations;       /* allocations ever made */
+} wane_memory;
+WANE_API void wane_memory_read(wane_memory *out);
+/* Tests: the n-th allocation from now (1 = the next) fails once; 0 turns it off. */
+WANE_API void wane_fail_allocation(int64_t n);
+
+/* ================================================================ 3. Jobs: long work on a thread of its own
+ *
+ * Opening an index, reading a vocabulary, loading weights. A job has a file descriptor that becomes readable when it is done. */
+typedef struct wane_job wane_job;
+/* WANE_OK: done. WANE_PENDING. Negative: failed, wane_error() says why. Never blocks. */
+WANE_API int wane_job_poll(wane_job *job);
+/* Readable once the job is done; owned by the job. -1 if none could be made. */
+WANE_API int wane_job_fd(wane_job *job);
+/* Blocks; timeout in nanoseconds, < 0 for none. */
+WANE_API int wane_job_wait(wane_job *job, int64_t timeout_ns);
+/* Asks the job to stop; it ends with WANE_E_CANCELLED soon after. Any thread. */
+WANE_API void wane_job_cancel(wane_job *job);
+/* Bytes or items done and in all (0 while unknown). */
+WANE_API void wane_job_progress(wane_job *job, uint64_t *done, uint64_t *total);
+/* Cancels if running; memory goes when the thread has left. NULL is a no-op. Never blocks. */
+WANE_API void wane_job_free(wane_job *job);
+
+/* ================================================================ 4. Streams */
+
+typedef struct wane_stream wane_stream;
+/* Opens a stream on a device ("cpu"). */
+WANE_API int wane_stream_open(wane_stream **out, const char *device);
+/* Never waits; tensors left over become stale-safe and memory goes with the last of them. NULL is a no-op. */
+WANE_API void wane_stream_close(wane_stream *s);
+/* Ticket of the newest op: done when the stream has run everything enqueued so far. */
+WANE_API uint64_t wane_stream_tail(wane_stream *s);
+/* WANE_OK: the op of this ticket ran; WANE_PENDING; or why it did not (WANE_E_CANCELLED, _FAILED, _FORKED). Never blocks. */
+WANE_API int wane_stream_poll(wane_stream *s, uint64_t ticket);
+/* Like poll; on WANE_PENDING the stream's fd becomes readable when the ticket retires. One armed ticket a stream. */
+WANE_API int wane_stream_arm(wane_stream *s, uint64_t ticket);
+WANE_API int wane_stream_fd(wane_stream *s);
+/* Blocks the calling thread; timeout in nanoseconds, < 0 for none (WANE_E_TIMEOUT). */
+WANE_API int wane_stream_wait(wane_stream *s, uint64_t ticket, int64_t timeout_ns);
+/* Skips everything enqueued; chunks already claimed finish. Any thread, signal handlers too. The next call reports it once. */
+WANE_API void wane_stream_cancel(wane_stream *s);
+/* Gives pooled blocks of at least `bytes` back to the system. */
+WANE_API void wane_stream_trim(wane_stream *s, size_t bytes);
+/* Bytes in the stream's pool (used and free). */
+WANE_API size_t wane_stream_pool_bytes(wane_stream *s);
+
+/* A scope owns the tensors made while it is current and frees them at once when it is closed. Several may be open (one a
+ * coroutine); exactly one, or none, is current. */
+typedef struct wane_scope wane_scope;
+WANE_API int wane_scope_open(wane_stream *s, wane_scope **out);       /* becomes current; its parent is the one before */
+WANE_API wane_scope *wane_scope_swap(wane_stream *s, wane_scope *scope);  /* makes scope (or none: NULL) current, returns the old one */
+WANE_API void wane_scope_close(wane_stream *s, wane_scope *scope);    /* frees its tensors; its parent becomes current if it was current */
+
+/* ================================================================ 5. Tensors */
+
+enum {
+  WANE_F32 = 0, WANE_F16, WANE_BF16, WANE_I8, WANE_U8, WANE_I32, WANE_I64, WANE_BOOL, WANE_DTYPE_PLAIN,
+  /* quantized kinds: one logical [N, K] matrix in several parts, see section 6 */
+  WANE_NF4 = 16, WANE_FP4, WANE_INT8, WANE_BLOCK8, WANE_BLOCK8U,
+  /* GGUF block kinds: bytes as the file holds them, values of a row contiguous */
+  WANE_Q4_0 = 32, WANE_Q4_1, WANE_Q5_0, WANE_Q5_1, WANE_Q8_0, WANE_Q2_K, WANE_Q3_K, WANE_Q4_K, WANE_Q5_K, WANE_Q6_K,
+  WANE_DTYPE_END
+};
+/* "f32", "nf4", "q4_k"; NULL for an unknown number. */
+WANE_API const char *wane_dtype_name(int dtype);
+/* -1 if there is no such name. */
+WANE_API int wane_dtype_from_name(const char *name);
+/* Bytes of `n` consecutive values; -1 if n is no multiple of the dtype's block (GGUF kinds) or the kind has several parts. */
+WANE_API int64_t wane_dtype_bytes(int dtype, int64_t n);
+
+typedef struct wane_tensor wane_tensor;
+typedef struct wane_handle { wane_tensor *t; uint32_t gen; uint32_t flags; } wane_handle;
+
+typedef struct wane_info {
+  int32_t dtype, ndim;
+  int64_t shape[8];
+  int64_t stride[8];         /* elements; 0 in quantized kinds */
+  int64_t numel;
+  int64_t nbytes;            /* of the values (all parts of a quantized kind) */
+  uint64_t ticket;           /* of the op that wrote it last */
+  int32_t contiguous;
+  int32_t block_size;        /* quantized kinds: values a scale; 0 elsewhere */
+} wane_info;
+WANE_API int wane_tensor_info(const wane_handle *h, wane_info *out);
+/* Uninitialised tensor. Plain dtypes only. */
+WANE_API int wane_tensor_new(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape);
+/* Uninitialised tensor outside the stream's pool, for weights and caches: pages are reserved, and touched on first use. */
+WANE_API int wane_tensor_new_paged(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape);
+/* Copies host data (row-major, contiguous, bytes = numel * size) in, through a staging copy; `data` may go at return. */
+WANE_API int wane_tensor_upload(wane_stream *s, const wane_handle *t, const void *data, size_t bytes);
+/* Copies a contiguous tensor's bytes out. WANE_PENDING while ops are still writing it: wait for info.ticket, call again. */
+WANE_API int wane_tensor_read(wane_stream *s, const wane_handle *t, void *data, size_t bytes);
+/* Another handle on the same tensor (same scope rules as a new tensor). */
+WANE_API int wane_tensor_retain(wane_stream *s, wane_handle *out, const wane_handle *t);
+/* Drops the handle; empties it. Safe on an empty, stale or already freed handle, and after its stream was closed. */
+WANE_API void wane_tensor_free(wane_handle *t);
+/* Takes the tensor out of its scope: into `scope`, or into none (NULL: the caller frees it). */
+WANE_API int wane_tensor_move(wane_stream *s, const wane_handle *t, wane_scope *scope);
+/* Address of element 0 in host memory; only valid when idle. For tests, debuggers and zero-copy hosts. NULL with an error. */
+WANE_API void *wane_tensor_data(wane_stream *s, const wane_handle *t);
+
+/* Views share memory; nothing is enqueued. dim counts from 0. */
+WANE_API int wane_view_narrow(wane_stream *s, wane_handle *out, const wane_handle *t, int dim, int64_t start, int64_t length, int64_t step);
+WANE_API int wane_view_select(wane_stream *s, wane_handle *out, const wane_handle *t, int dim, int64_t index);
+WANE_API int wane_view_permute(wane_stream *s, wane_handle *out, const wane_handle *t, const int32_t *order);
+/* One size may be -1. WANE_E_SHAPE when the strides do not allow it without a copy. */
+WANE_API int wane_view_reshape(wane_stream *s, wane_handle *out, const wane_handle *t, int ndim, const int64_t *shape);
+/* numpy's broadcasting: sizes of 1 repeat, dimensions may be added in front. */
+WANE_API int wane_view_expand(wane_stream *s, wane_handle *out, const wane_handle *t, int ndim, const int64_t *shape);
+
+/* ================================================================ 6. Quantized tensors
+ *
+ * A quantized tensor is a logical [N, K] (or [n]) matrix whose dtype is a quantized kind; its parts are plain tensors in
+ * bitsandbytes' own bytes, in files and in memory:
+ *   WANE_NF4, WANE_FP4   codes u8 [ceil(n/2)] (element 2k in the high nibble), absmax f32 [ceil(n/bs)] over the FLAT tensor; or
+ *                        nested: absmax u8 [ceil(n/bs)], nested_absmax f32 [ceil(nb/256)], nested_code f32 [256], offset
+ *   WANE_BLOCK8(U)       codes u8 [N, K], absmax f32 [ceil(n/bs)], code f32 [256] (the stored map is obeyed)
+ *   WANE_INT8            codes i8 [N, K], absmax f32 [N] (SCB: the row's absolute maximum)
+ *   GGUF kinds           codes u8 [N, bytes of a row]
+ * Sources: bitsandbytes functional.py, csrc/kernels.cu; ggml-common.h. */
+enum { WANE_PART_CODES = 0, WANE_PART_ABSMAX = 1, WANE_PART_NESTED_ABSMAX = 2, WANE_PART_NESTED_CODE = 3, WANE_PART_CODE = 4, WANE_PARTS = 5 };
+/* Makes a quantized tensor from parts (retained). `parts` has WANE_PARTS pointers, NULL where the kind has none. */
+WANE_API int wane_quantized_new(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape, int block_size,
+                                float nested_offset, const wane_handle *const *parts);
+/* One part as a tensor of its own (shares memory). WANE_E_NOTFOUND if the kind has no such part. */
+WANE_API int wane_quantized_part(wane_stream *s, wane_handle *out, const wane_handle *q, int part);
+WANE_API int wane_quantized_offset(const wane_handle *q, float *offset);
+/* Quantizes a float tensor (f32, f16, bf16). block_size: 32..4096 for 4-bit (64 usual), any > 0 for BLOCK8, ignored for INT8.
+ * nested: double quantization of the 4-bit scales (blocks of 256). */
+WANE_API int wane_quantize(wane_stream *s, wane_handle *out, const wane_handle *x, int dtype, int block_size, int nested);
+/* Exact values in f32, f16 or bf16 (rounded once). Plain float inputs are cast. */
+WANE_API int wane_dequantize(wane_stream *s, wane_handle *out, const wane_handle *q, int dtype);
+
+/* ================================================================ 7. Linear products */
+
+enum { WANE_COMPUTE_F32 = 0, WANE_COMPUTE_BF16 = 1, WANE_COMPUTE_F16 = 2, WANE_COMPUTE_FAST = 3, WANE_COMPUTE_INVARIANT = 16 };
+/* y[..., n] = sum_k x[..., k] W[n, k] + bias[n].   x [..., K] f32/bf16/f16, W [N, K] any dtype, bias [N] float (optional).
+ * y has x's dtype. compute: WANE_COMPUTE_F32 exact f32 products of the dequantized weight; _BF16 any kernel at least as accurate
+ * as bf16 x bf16 with f32 sums; _F16; _FAST may be less accurate; | WANE_COMPUTE_INVARIANT one order whatever the row count.
+ * threshold: WANE_INT8 only: > 0 LLM.int8() with outlier columns, 0 without, < 0 weight-only (exact dequantized product).
+ * Source: bitsandbytes autograd/_functions.py (MatMul8bitLt, MatMul4Bit). */
+WANE_API int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *w, const wane_handle *bias,
+                         int compute, float threshold);
+/* Gradient of the input of wane_linear: dx[..., k] = sum_n dy[..., n] W[n, k] with the dequantized weight. */
+WANE_API int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute);
+
+/* ================================================================ 8. General tensor ops (any strides, broadcasting like numpy's) */
+
+/* dtype conversion and/or layout: a contiguous copy of t as `dtype`. f32 -> i8… truncates toward zero, saturating; bool is != 0. */
+WANE_API int wane_cast(wane_stream *s, wane_handle *out, const wane_handle *t, int dtype);
+/* dst[...] = src, broadcast and converted; dst may be any view. */
+WANE_API int wane_copy(wane_stream *s, const wane_handle *dst, const wane_handle *src);
+WANE_API int wane_fill(wane_stream *s, const wane_handle *t, double value);
+
+enum { WANE_NEG, WANE_ABS, WANE_SQRT, WANE_RSQRT, WANE_EXP, WANE_LOG, WANE_SIN, WANE_COS, WANE_TANH, WANE_SIGMOID, WANE_FLOOR, WANE_CEIL,
+       WANE_ROUND /* half to even */, WANE_SIGN, WANE_NOT, WANE_ISNAN, WANE_ISFINITE, WANE_RECIPROCAL, WANE_SQUARE,
+       WANE_RELU, WANE_SILU, WANE_GELU /* erf */, WANE_GELU_TANH, WANE_QUICK_GELU, WANE_ERF, WANE_UNARY_END };
+/* Floats keep their dtype; integers too for neg, abs, sign, square, relu and become f32 elsewhere; not/isnan/isfinite give bool. */
+WANE_API int wane_unary(wane_stream *s, wane_handle *out, const wane_handle *x, int op);
+
+enum { WANE_ADD, WANE_SUB, WANE_MUL, WANE_DIV, WANE_POW, WANE_MIN, WANE_MAX, WANE_MOD /* sign of the divisor, as Lua's */, WANE_ATAN2,
+       WANE_EQ, WANE_NE, WANE_LT, WANE_LE, WANE_GT, WANE_GE, WANE_AND, WANE_OR, WANE_XOR, WANE_BINARY_END };
+/* Result dtype: comparisons and logic bool; else the wider of the two (bool < u8, i8 < i32 < i64 < f16, bf16 < f32; u8 with i8
+ * gives i32, f16 with bf16 f32; integer / integer gives f32). Computed in f32 (integers: i64, two's complement wrap). */
+WANE_API int wane_binary(wane_stream *s, wane_handle *out, const wane_handle *a, const wane_handle *b, int op);
+/* a op value (or value op a when `reversed`): the scalar does not widen a float a; with an integer a and a fractional value, f32. */
+WANE_API int wane_binary_scalar(wane_stream *s, wane_handle *out, const wane_handle *a, double value, int op, int reversed);
+/* out = cond ? a : b, broadcast. */
+WANE_API int wane_where(wane_stream *s, wane_handle *out, const wane_handle *cond, const wane_handle *a, const wane_handle *b);
+
+enum { WANE_SUM, WANE_MEAN, WANE_AMAX, WANE_AMIN, WANE_PROD, WANE_ARGMAX, WANE_ARGMIN, WANE_ANY, WANE_ALL, WANE_NORM2, WANE_VAR /* biased */, WANE_REDUCE_END };
+/* Over `dim`, or over everything when dim == -1. argmax/argmin: i64, lowest index on ties. Sums in f32 pairwise / fixed chunks (f64
+ * inside a chunk allowed), integers in i64. NaN propagates in amax/amin. */
+WANE_API int wane_reduce(wane_stream *s, wane_handle *out, const wane_handle *x, int op, int dim, int keepdim);
+WANE_API int wane_cumsum(wane_stream *s, wane_handle *out, const wane_handle *x, int dim);
+WANE_API int wane_arange(wane_stream *s, wane_handle *out, double start, double stop, double step, int dtype);
+enum { WANE_UNIFORM, WANE_NORMAL };
+/* Philox 4x32-10 counter generator: element i depends on (seed, offset + i) only. uniform: [a, b); normal: mean a, std b. */
+WANE_API int wane_random(wane_stream *s, wane_handle *out, int kind, double a, double b, uint64_t seed, uint64_t offset, int dtype, int ndim, const int64_t *shape);
+/* Batched product of the last two dimensions, numpy.matmul's rules (1-D operands too). f32 sums. */
+WANE_API int wane_matmul(wane_stream *s, wane_handle *out, const wane_handle *a, const wane_handle *b);
+WANE_API int wane_cat(wane_stream *s, wane_handle *out, const wane_handle *const *tensors, int count, int dim);
+/* Stable; indices i64 (optional out). NaN sorts last. */
+WANE_API int wane_sort(wane_stream *s, wane_handle *values, wane_handle *indices, const wane_handle *x, int dim, int descending);
+WANE_API int wane_topk(wane_stream *s, wane_handle *values, wane_handle *indices, const wane_handle *x, int64_t k, int dim, int largest);
+/* out[i...] = x with `dim` replaced by index's shape (i32 or i64, 0-based, negative counts from the end). Out of range fails the op. */
+WANE_API int wane_index_select(wane_stream *s, wane_handle *out, const wane_handle *x, int dim, const wane_handle *index);
+/* numpy.take_along_axis. */
+WANE_API int wane_gather(wane_stream *s, wane_handle *out, const wane_handle *x, int dim, const wane_handle *index);
+
+/* ================================================================ 9. Neural network ops */
+
+/* rows of table [V, C] (any float dtype or a quantized kind) for ids [...] (i32 or i64) -> [..., C] as `dtype`. An id outside [0, V) fails the op. */
+WANE_API int wane_embedding(wane_stream *s, wane_handle *out, const wane_handle *table, const wane_handle *ids, int dtype);
+/* x / sqrt(mean(x^2) + eps) * (weight + weight_offset) over the last dimension; f32 inside. weight [C] optional. (modeling_llama.py LlamaRMSNorm; offset 1: Gemma) */
+WANE_API int wane_rms_norm(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *weight, double eps, double weight_offset);
+/* (x - mean) / sqrt(var + eps) * weight + bias, biased variance. weight, bias optional. */
+WANE_API int wane_layer_norm(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *weight, const wane_handle *bias, double eps);
+/* Rotary embedding of x [B, T, H, D] (last dimension contiguous) on the first 2*R dims, R = length of inv_freq f32 [R]. position of (b, t): positions [B, T] i32
+ * (optional) else start + t. interleaved: pairs (2j, 2j+1), else (j, j+R). cos and sin are f32 and multiplied by `scale`. */
+WANE_API int wane_rope(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *inv_freq, const wane_handle *positions,
+                       int64_t start, double scale, int interleaved);
+/* Writes k or v [B, T, H, D] into cache [B, H, capacity, D] at time `start`; converts to the cache's dtype. */
+WANE_API int wane_kv_append(wane_stream *s, const wane_handle *cache, const wane_handle *x, int64_t start);
+typedef struct wane_attention_options {
+  double scale;                 /* of q.k; 0 means 1/sqrt(D) */
+  double softcap;               /* c * tanh(score / c); 0: none */
+  int64_t q_start;              /* absolute time of q's first row; keys run from 0 to kv_length - 1 */
+  int64_t kv_length;            /* valid keys in the cache */
+  int64_t window;               /* sliding window: key j visible iff i - window < j; 0: none */
+  int32_t causal;               /* key j visible iff j <= i */
+  int32_t reserved;
+} wane_attention_options;
+/* q [B, T, H, D]; k, v [B, KV, capacity, D] (a cache, any float dtype); key_mask [B, >= kv_length] u8 or bool (optional, 0 = hidden); bias f32,
+ * broadcastable to [B, H, T, kv_length] (optional: ALiBi, T5). H a multiple of KV: head h reads kv head h / (H/KV). Output [B, T, H, D] in q's
+ * dtype. A row that sees no key gives 0. Blockwise (Milakov & Gimelshein 2018; Dao 2022): memory linear in time. Long contexts are cut in
+ * fixed-size pieces combined in fixed order. */
+WANE_API int wane_attention(wane_stream *s, wane_handle *out, const wane_handle *q, const wane_handle *k, const wane_handle *v,
+                            const wane_handle *key_mask, const wane_handle *bias, const wane_attention_options *options);
+/* act(gate) * up, one pass. act: a unary op code (WANE_SILU, WANE_GELU_TANH, …). Same shapes. */
+WANE_API int wane_glu(wane_stream *s, wane_handle *out, const wane_handle *gate, const wane_handle *up, int act);
+/* softmax (or log-softmax) of x * scale over `dim`, f32 inside, x's dtype out. */
+WANE_API int wane_softmax(wane_stream *s, wane_handle *out, const wane_handle *x, int dim, int log);
+/* -log softmax(logits)[label] a row: logits [M, V] float, labels [M] i32/i64 (ignore_index rows give 0) -> f32 [M]. */
+WANE_API int wane_nll(wane_stream *s, wane_handle *out, const wane_handle *logits, const wane_handle *labels, int64_t ignore_index);
+
+/* ---- choosing the next token. logits [B, V] f32 in place; ids [B, capacity] i32: the running sequences (prompt and pads included) ---- */
+/* CTRL penalty of every id in ids[b, 0..length): s < 0 ? s * p : s / p, once an id. (RepetitionPenaltyLogitsProcessor) */
+WANE_API int wane_repetition_penalty(wane_stream *s, const wane_handle *logits, const wane_handle *ids, int64_t length, double penalty);
+/* Bans every id that followed an earlier occurrence of the last n-1 ids. (NoRepeatNGramLogitsProcessor) */
+WANE_API int wane_no_repeat_ngram(wane_stream *s, const wane_handle *logits, const wane_handle *ids, int64_t length, int64_t n);
+/* logits[b, id] = -inf (or value) for each of the given ids [n] i32. */
+WANE_API int wane_logits_set(wane_stream *s, const wane_handle *logits, const wane_handle *which, double value);
+/* temperature (> 0, 1 = off), top_k (0 = off, ties kept), top_p (1 = off), min_p (0 = off), in transformers' order; removed = -inf. */
+WANE_API int wane_logits_filter(wane_stream *s, const wane_handle *logits, double temperature, int64_t top_k, double top_p, double min_p);
+/* One draw a row from softmax(logits): id [B] i32. The u of row b is Philox(seed, offset + b). */
+WANE_API int wane_sample(wane_stream *s, wane_handle *out, const wane_handle *logits, uint64_t seed, uint64_t offset);
+
+/* ================================================================ 10. Backward of the smallest trainable model */
+
+WANE_API int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x,
+                                    const wane_handle *weight, double eps, double weight_offset);
+WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, wane_handle *dbias, const wane_handle *dy,
+                                      const wane_handle *x, const wane_handle *weight, double eps);
+/* dlogits of sum_m scale[m] * nll[m]. */
+WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
+
+/* ================================================================ 11. Files: indexes, mappings, loading (core/reader) */
+
+/* ================================================================ 12. Text (core/text) */
+
+#ifdef __cplusplus
+} /* c++ */
+#endif
+#endif
