@@ -212,22 +212,25 @@ WANE_API int wane_view_expand(wane_stream *s, wane_handle *out, const wane_handl
  * A quantized tensor is a logical [N, K] (or [n]) matrix whose dtype is a quantized kind; its parts are plain tensors in
  * bitsandbytes' own bytes, in files and in memory:
  *   WANE_NF4, WANE_FP4   codes u8 [ceil(n/2)] (element 2k in the high nibble), absmax f32 [ceil(n/bs)] over the FLAT tensor; or
- *                        nested: absmax u8 [ceil(n/bs)], nested_absmax f32 [ceil(nb/256)], nested_code f32 [256], offset
+ *                        nested: absmax u8 [nb = ceil(n/bs)], nested_absmax f32 [ceil(nb/256)], nested_code f32 [256], offset f32 [1]
  *   WANE_BLOCK8(U)       codes u8 [N, K], absmax f32 [ceil(n/bs)], code f32 [256] (the stored map is obeyed)
  *   WANE_INT8            codes i8 [N, K], absmax f32 [N] (SCB: the row's absolute maximum)
  *   GGUF kinds           codes u8 [N, bytes of a row]
  * Sources: bitsandbytes functional.py, csrc/kernels.cu; ggml-common.h. */
-enum { WANE_PART_CODES = 0, WANE_PART_ABSMAX = 1, WANE_PART_NESTED_ABSMAX = 2, WANE_PART_NESTED_CODE = 3, WANE_PART_CODE = 4, WANE_PARTS = 5 };
-/* Makes a quantized tensor from parts (retained). `parts` has WANE_PARTS pointers, NULL where the kind has none. */
+enum { WANE_PART_CODES = 0, WANE_PART_ABSMAX = 1, WANE_PART_NESTED_ABSMAX = 2, WANE_PART_NESTED_CODE = 3, WANE_PART_CODE = 4,
+       WANE_PART_OFFSET = 5, WANE_PARTS = 6 };
+/* Makes a quantized tensor from parts (retained, contiguous). `parts` has WANE_PARTS pointers, NULL where the kind has none.
+ * Where parts[WANE_PART_OFFSET] is NULL and the scales are nested, the offset part is made from nested_offset. */
 WANE_API int wane_quantized_new(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape, int block_size,
                                 float nested_offset, const wane_handle *const *parts);
 /* One part as a tensor of its own (shares memory). WANE_E_NOTFOUND if the kind has no such part. */
 WANE_API int wane_quantized_part(wane_stream *s, wane_handle *out, const wane_handle *q, int part);
+/* The nested offset as a number. WANE_PENDING while it is being computed (wait for the stream, call again). */
 WANE_API int wane_quantized_offset(const wane_handle *q, float *offset);
 /* Quantizes a float tensor (f32, f16, bf16). block_size: 32..4096 for 4-bit (64 usual), any > 0 for BLOCK8, ignored for INT8.
  * nested: double quantization of the 4-bit scales (blocks of 256). */
 WANE_API int wane_quantize(wane_stream *s, wane_handle *out, const wane_handle *x, int dtype, int block_size, int nested);
-/* Exact values in f32, f16 or bf16 (rounded once). Plain float inputs are cast. */
+/* Exact values in f32; f16 and bf16 are that f32 value rounded. Plain float inputs are cast. */
 WANE_API int wane_dequantize(wane_stream *s, wane_handle *out, const wane_handle *q, int dtype);
 
 /* ================================================================ 7. Linear products */

@@ -20,8 +20,7 @@ struct wane_storage {
 
 /* Parts of a quantized kind: see section 6 of wane.h. */
 typedef struct wane_parts {
-  wane_tensor *part[WANE_PARTS];   /* each retained */
-  float offset;                    /* nested */
+  wane_tensor *part[WANE_PARTS];   /* each retained; the nested offset is one too: it is computed on the stream */
   int32_t block_size;
 } wane_parts;
 
