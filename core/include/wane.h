@@ -347,7 +347,109 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
 
-/* ================================================================ 11. Files: indexes, mappings, loading (core/reader) */
+/* ================================================================ 11. Files: indexes, mappings, loading, writing (core/reader)
+ *
+ * An index is the table of contents of a checkpoint: names, dtypes, shapes and places of its tensors, and its metadata. It is read
+ * on a job's thread, may be asked from any one thread at a time, and keeps its files open. Every size in a file is checked before use. */
+typedef struct wane_index wane_index;
+/* Starts reading the headers at `path`: a .safetensors file, a *.safetensors.index.json file with every shard it names (which must
+ * lie beside it), or a .gguf file (version 2 or 3). The kind is told from the content. */
+WANE_API int wane_index_open(wane_job **out, const char *path);
+/* The index that a finished job made, once; the caller owns it. WANE_PENDING while the job runs, the job's status if it failed. */
+WANE_API int wane_index_take(wane_job *job, wane_index **out);
+/* Drops the caller's reference. Loads in flight and mapped tensors keep what they need. NULL is a no-op. */
+WANE_API void wane_index_free(wane_index *ix);
+
+enum { WANE_FORMAT_SAFETENSORS = 1, WANE_FORMAT_GGUF = 2 };
+typedef struct wane_entry {
+  const char *name;          /* as the file spells it; owned by the index */
+  const char *dtype_name;    /* as the file spells it: "F32", "F8_E4M3", "Q4_K" */
+  int32_t dtype;             /* WANE_…, or -1 where wane does not read it */
+  int32_t ndim;
+  int64_t shape[8];          /* row-major, slowest first (GGUF's order is turned round) */
+  uint64_t offset, bytes;    /* in the file */
+  int32_t file;              /* which of the index's files */
+  int32_t reserved;
+} wane_entry;
+WANE_API int wane_index_format(const wane_index *ix);
+/* Tensors. Entries are numbered from 0 in the order of the files. */
+WANE_API int64_t wane_index_count(const wane_index *ix);
+/* -1 if there is none of that name; no error is set. */
+WANE_API int64_t wane_index_find(const wane_index *ix, const char *name);
+WANE_API int wane_index_entry(const wane_index *ix, int64_t i, wane_entry *out);
+WANE_API int wane_index_files(const wane_index *ix);
+/* NULL outside 0 .. files - 1. */
+WANE_API const char *wane_index_path(const wane_index *ix, int file);
+/* Copies `bytes` bytes of an entry, from its byte `from` on. Blocks on the disk: for small things (a quantization state). */
+WANE_API int wane_index_read(const wane_index *ix, int64_t i, uint64_t from, void *data, size_t bytes);
+
+/* Metadata: safetensors' __metadata__ (strings), GGUF's key-value pairs. */
+enum { WANE_META_INT = 1, WANE_META_FLOAT, WANE_META_BOOL, WANE_META_STRING, WANE_META_ARRAY };
+typedef struct wane_meta {
+  int32_t kind;              /* WANE_META_… */
+  int32_t item_kind;         /* arrays: of their items */
+  int64_t count;             /* arrays: number of items; 1 elsewhere */
+  int64_t integer;           /* int, bool (unsigned 64-bit values keep their bits) */
+  double number;             /* int, float, bool */
+  const char *text;          /* string: NUL-terminated, may hold NULs before its end; owned by the index */
+  uint64_t length;           /* string: bytes */
+} wane_meta;
+WANE_API int64_t wane_index_meta_count(const wane_index *ix);
+WANE_API const char *wane_index_meta_key(const wane_index *ix, int64_t i);
+/* WANE_E_NOTFOUND if there is no such key. */
+WANE_API int wane_index_meta(const wane_index *ix, const char *key, wane_meta *out);
+/* Item i of an array (a vocabulary of 256k strings is asked item by item, never copied whole). */
+WANE_API int wane_index_meta_item(const wane_index *ix, const char *key, int64_t i, wane_meta *out);
+
+/* A tensor over the file's own bytes: a private copy-on-write mapping of the whole file, counted, which outlives the index. dtype,
+ * ndim and shape say how the bytes are to be read and must fill the entry exactly. Entries that lie unaligned for their dtype are
+ * copied instead. The file must not be truncated while it is mapped (SIGBUS): hosts that cannot rule this out load copies. */
+WANE_API int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, int dtype, int ndim, const int64_t *shape);
+
+/* A load: tensors read in chunks, converted or quantized on the compute workers while the next chunks are read (libuv's pool does
+ * the reading). Holds the results and about 16 MiB of chunks. Results equal quantizing the whole tensor at once, bit for bit. */
+typedef struct wane_load wane_load;
+enum {
+  WANE_ARRANGE_NONE = 0,
+  WANE_ARRANGE_ROPE = 1,     /* rows of each head go from adjacent pairs back to half-split (GGUF's llama q and k) */
+  WANE_ARRANGE_QKV = 2       /* rows q | k | v of all heads go back to q, k, v of each head (GGUF's gptneox) */
+};
+typedef struct wane_load_item {
+  int64_t entry;             /* of the index */
+  int32_t source;            /* dtype of the file's values (usually the entry's own): a plain dtype or a GGUF kind */
+  int32_t target;            /* the same dtype (a copy), f32 f16 bf16 (values, rounded once), or NF4 FP4 INT8 BLOCK8 BLOCK8U */
+  int32_t block_size;        /* target NF4, FP4: 32..4096, BLOCK8: > 0 */
+  int32_t nested;            /* target NF4, FP4: double quantization */
+  int32_t arrange;           /* WANE_ARRANGE_… */
+  int32_t heads;             /* for arrange */
+  int32_t ndim;
+  int32_t reserved;
+  int64_t shape[8];
+} wane_load_item;
+WANE_API int wane_load_new(wane_load **out);
+/* Adds an item (numbered from 0) and checks it. The load keeps the index alive. */
+WANE_API int wane_load_add(wane_load *load, wane_index *ix, const wane_load_item *item);
+/* Starts it. The load belongs to the job from here on, whether this succeeds or not. wane_job_progress counts the files' bytes. */
+WANE_API int wane_load_start(wane_load *load, wane_job **out);
+/* Drops a load that was not started. NULL is a no-op. */
+WANE_API void wane_load_free(wane_load *load);
+/* Items finished so far. */
+WANE_API int64_t wane_load_done(wane_job *job);
+/* The tensor of an item of a finished load, once; its memory passes from the job to the tensor. */
+WANE_API int wane_load_take(wane_job *job, int64_t item, wane_stream *s, wane_handle *out);
+
+/* A file written beside its destination and renamed over it when complete: whatever fails, the old file stays. */
+typedef struct wane_writer wane_writer;
+WANE_API int wane_writer_open(wane_writer **out, const char *path);
+WANE_API int wane_writer_append(wane_writer *w, const void *data, size_t bytes);
+/* Flushes to the disk and renames, on a job. The writer belongs to the job from here on, whether this succeeds or not. */
+WANE_API int wane_writer_finish(wane_writer *w, wane_job **out);
+/* Gives the writing up and removes the unfinished file. NULL is a no-op. */
+WANE_API void wane_writer_free(wane_writer *w);
+enum { WANE_PATH_NONE = 0, WANE_PATH_FILE = 1, WANE_PATH_FOLDER = 2, WANE_PATH_OTHER = 3 };
+WANE_API int wane_path_kind(const char *path);
+/* Makes a directory and its parents; no error if it is there. */
+WANE_API int wane_path_make(const char *path);
 
 /* ================================================================ 12. Text (core/text) */
 
