@@ -50,7 +50,7 @@ local function output(dir)
   always()
 end
 
-local kernel_libraries, grouped = {}, {}
+local kernel_libraries, kernel_defines, grouped = {}, {}, {}
 for _, g in ipairs(groups) do
   local found = os.matchfiles("core/**/" .. g.name .. "_*.c")
   if #found > 0 then
@@ -65,6 +65,7 @@ for _, g in ipairs(groups) do
       buildoptions { "-fPIC" }
       if emulate and g.name ~= "avx2" then buildoptions(emulated_flags) buildoptions { "-Wno-unused-parameter" } else buildoptions(g.flags) end
     table.insert(kernel_libraries, 1, "kernels_" .. g.name)
+    if os.isfile("core/x86/" .. g.name .. "_registry.c") then table.insert(kernel_defines, "WANE_KERNELS_" .. g.name:upper()) end
     for _, f in ipairs(found) do grouped[f] = true end
   end
 end
@@ -75,6 +76,7 @@ project "wane"
   output "lib"
   for _, f in ipairs(os.matchfiles "core/**.c") do if not grouped[f] then files { f } end end
   c_project()
+  defines(kernel_defines)
   if emulate then defines { "WANE_EMULATE" } end
   -- nodelete: a host's dlclose must not unmap code under a worker.
   linkoptions { "-Wl,-z,nodelete", "-Wl,--exclude-libs,ALL" }

@@ -77,6 +77,8 @@ WANE_API int wane_cpu_best(void);
 WANE_API int wane_set_cpu_level(int level);
 /* "avx2" for WANE_CPU_AVX2; NULL for an unknown number. */
 WANE_API const char *wane_cpu_level_name(int level);
+/* Which file group gives op `code` at the level in force ("generic", "avx2" …), and its name in *op; NULL: no such op. */
+WANE_API const char *wane_op_origin(int code, const char **op);
 /* The CPU's brand string, for reports. */
 WANE_API const char *wane_cpu_name(void);
 /* Space-separated notes on what this CPU is slow or fast at ("bf16-dot-slow", "prefetch-pays"), for `wane doctor`. */

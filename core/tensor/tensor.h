@@ -12,6 +12,7 @@ struct wane_storage {
   int32_t kind;
   void *data;
   size_t bytes;
+  uint64_t ticket;                 /* of the op that wrote it last: views share it */
   int32_t size_class;              /* pool */
   struct wane_mapping *mapping;    /* mapped: a counted file mapping, see core/reader */
   wane_stream *stream;
@@ -33,7 +34,6 @@ struct wane_tensor {
   wane_storage *storage;
   wane_parts *parts;               /* quantized kinds only */
   wane_stream *stream;
-  uint64_t ticket;                 /* of the op that wrote it last */
   wane_scope *scope;               /* or NULL */
   wane_tensor *next, *prev;        /* in the scope's list; next also in the free list */
 };
@@ -72,7 +72,7 @@ void wane_storage_unref(wane_storage *st);
 /* The next free record, cleared, with code set and nchunks = 1. Never NULL (blocks when the ring is full). Between here and
  * wane_op_push nothing may be allocated or enqueued. */
 wane_op *wane_op_new(wane_stream *s, int code);
-/* Publishes it; notes the ticket in each of the (up to two) tensors it writes. */
+/* Publishes it; notes the ticket in the storage of each of the (up to two) tensors it writes. Takes op->fn from the table unless set. */
 void wane_op_push(wane_stream *s, wane_op *op, wane_tensor *written, wane_tensor *written2);
 /* Chunks for `work` units of about `grain_work` each (>= ~20 us of work a chunk), at most 64. */
 uint32_t wane_chunks(int64_t work, int64_t grain_work);
