@@ -170,6 +170,7 @@ WANE_API int wane_dtype_from_name(const char *name);
 WANE_API int64_t wane_dtype_bytes(int dtype, int64_t n);
 
 typedef struct wane_tensor wane_tensor;
+/* flags: 1 if a scope owned the tensor when the handle was made (nobody else need free it). */
 typedef struct wane_handle { wane_tensor *t; uint32_t gen; uint32_t flags; } wane_handle;
 
 typedef struct wane_info {

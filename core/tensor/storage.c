@@ -270,10 +270,11 @@ int wane_tensor_retain(wane_stream *s, wane_handle *out, const wane_handle *h) {
   return v ? WANE_OK : WANE_E_MEMORY;
 }
 
+/* flags: 1 when a scope owns the tensor, so that Lua attaches a finalizer to the others only. */
 static void handle_set(wane_handle *out, wane_tensor *t) {
   out->t = t;
   out->gen = t->gen;
-  out->flags = 0;
+  out->flags = t->scope != NULL;
 }
 
 static void set_contiguous(wane_tensor *t, int dtype, int ndim, const int64_t *shape) {
