@@ -20,7 +20,7 @@ local groups = {
   { name = "avx512bf16", flags = { "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16", "-mprfchw" } },
   { name = "amx",        flags = { "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mprfchw" } },
 }
-local emulated_flags = { "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-DWANE_EMULATE" }
+local emulated_flags = { "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-DWANE_EMULATE", "-Wno-psabi" }
 
 -- -ffp-contract=off: the scalar reference must round like the text says, whatever the compiler. Never -ffast-math.
 local function c_project()
