@@ -79,8 +79,9 @@ uint32_t wane_chunks(int64_t work, int64_t grain_work);
 /* Workspace from the pool for ops enqueued next: freed (stream-ordered) right after they are enqueued. NULL with the error. */
 void *wane_workspace(wane_stream *s, size_t bytes, wane_storage **hold);
 
-/* A counted read-only file mapping (core/reader makes them). */
-typedef struct wane_mapping { int32_t refs; void *base; size_t bytes; } wane_mapping;
+/* A counted file mapping (private, copy-on-write) or a block of memory that a load filled (core/reader makes both). */
+enum { WANE_MAPPING_FILE, WANE_MAPPING_PAGES, WANE_MAPPING_HEAP };
+typedef struct wane_mapping { int32_t refs; int32_t kind; void *base; size_t bytes; } wane_mapping;
 void wane_mapping_unref(wane_mapping *m);              /* munmap with the last reference; atomic */
 
 /* ---- backends ---- */
