@@ -9,7 +9,6 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
 enum { PAGES_FROM = 256 << 10, HUGE_FROM = 4 << 20, DESCRIPTOR_SLAB = 128 };
 extern _Atomic int64_t wane_live_tensors;
@@ -107,13 +106,6 @@ wane_storage *wane_storage_mapped(wane_stream *s, wane_mapping *mapping, void *d
   st->bytes = bytes;
   st->mapping = mapping;
   return st;
-}
-
-void wane_mapping_unref(wane_mapping *m) {
-  if (!m || __atomic_fetch_sub(&m->refs, 1, __ATOMIC_ACQ_REL) != 1) return;
-  munmap(m->base, m->bytes);
-  wane_count_mapped(-(int64_t)m->bytes);
-  wane_release(m);
 }
 
 void wane_storage_drop(wane_storage *st) {
