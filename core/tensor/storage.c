@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 enum { PAGES_FROM = 256 << 10, HUGE_FROM = 4 << 20, DESCRIPTOR_SLAB = 128 };
 extern _Atomic int64_t wane_live_tensors;
