@@ -93,5 +93,5 @@ if #os.matchfiles "repl/*.c" > 0 then
     c_project()
     -- -E: a Lua C module (luv, cjson) finds LuaJIT's symbols in this program.
     linkoptions { "-Wl,-E" }
-    links { "luajit-5.1", "m", "dl" }
+    links { "luajit-5.1", "utf8proc", "pthread", "m", "dl" }
 end
