@@ -1,0 +1,71 @@
+--- Families of models. One file each: a table { name, architectures, prefix, embedding, head, defaults(config), build(config) }.
+-- `wane.models.register(family or path)` adds one from outside the tree; docs/adding-a-family.md walks through it.
+-- @module wane.models
+local core = require "wane.core"
+
+local M = {}
+
+local families, by_architecture = {}, {}
+
+--- Adds a family: its table, or the path of a Lua file that returns one. A later registration of the same name replaces the earlier.
+-- @param family table|string
+-- @return table the family
+function M.register(family)
+  if type(family) == "string" then
+    local chunk, message = loadfile(family)
+    if not chunk then core.raise("models.register: %s", message) end
+    family = chunk()
+  end
+  for _, key in ipairs { "name", "architectures", "embedding", "head", "build" } do
+    if type(family) ~= "table" or family[key] == nil then core.raise("models.register: the family needs a field '%s' (docs/adding-a-family.md)", key) end
+  end
+  families[family.name] = family
+  for _, architecture in ipairs(family.architectures) do by_architecture[architecture] = family end
+  return family
+end
+
+--- Names of the families there are, sorted.
+-- @return string[]
+function M.list()
+  local names = {}
+  for name in pairs(families) do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+
+--- The family of a config.json: by its architectures, else by its model_type.
+-- @param config table
+-- @return table|nil family, string|nil message, string|nil code
+function M.find(config)
+  for _, architecture in ipairs(config.architectures or {}) do
+    if by_architecture[architecture] then return by_architecture[architecture] end
+  end
+  if config.model_type and families[config.model_type] then return families[config.model_type] end
+  return nil, ("no family for architecture '%s' (model_type '%s'); there are: %s. To add one: wane.models.register(\"family.lua\"), see docs/adding-a-family.md"):format(
+    tostring((config.architectures or {})[1]), tostring(config.model_type), table.concat(M.list(), ", ")), "WANE_E_UNSUPPORTED"
+end
+
+--- Builds the module tree of a config, without values. The config is copied; what it leaves unsaid is filled in.
+-- @param config table
+-- @return wane.Module|nil tree, string|nil message, string|nil code
+function M.build(config)
+  local family, message, code = M.find(config)
+  if not family then return nil, message, code end
+  local c = {}
+  for k, v in pairs(config) do if v ~= require("cjson").null then c[k] = v end end
+  for _, key in ipairs { "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads" } do
+    if family.required ~= false and type(c[key]) ~= "number" then
+      return nil, ("config: '%s' is missing or no number (family %s)"):format(key, family.name), "WANE_E_FORMAT"
+    end
+  end
+  if family.defaults then family.defaults(c) end
+  local ok, tree = pcall(family.build, c)
+  if not ok then return nil, ("config: the %s model could not be built from it: %s"):format(family.name, tree), "WANE_E_FORMAT" end
+  tree.config, tree.family = c, family
+  return tree
+end
+
+M.register(require "wane.models.llama")
+M.register(require "wane.models.gpt_neox")
+
+return M

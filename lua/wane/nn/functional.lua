@@ -1,0 +1,188 @@
+--- The ops that layers are made of, as functions on Tensors: one FFI call each, which checks shapes, allocates the result and
+-- enqueues. What each does, with its formula and source, is in core/include/wane.h.
+-- @module wane.nn.functional
+local ffi = require "ffi"
+local core = require "wane.core"
+local Tensor = require "wane.tensor"
+local C, check, stream, wrap = core.C, core.check, core.stream, Tensor.wrap
+local handle = core.handle_type
+
+local F = {}
+
+local function h(t) return t and t.h or nil end
+
+--- x · Wᵀ + bias; see wane_linear. threshold: outlier threshold of LLM.int8(), below 0 for weight-only.
+function F.linear(x, weight, bias, compute, threshold)
+  local y = handle()
+  check(C.wane_linear(stream(), y, x.h, weight.h, h(bias), compute, threshold or -1))
+  return wrap(y)
+end
+
+--- Rows of a table for ids, as dtype number `dtype`.
+function F.embedding(table_, ids, dtype)
+  local y = handle()
+  check(C.wane_embedding(stream(), y, table_.h, ids.h, dtype))
+  return wrap(y)
+end
+
+function F.rms_norm(x, weight, eps, offset)
+  local y = handle()
+  check(C.wane_rms_norm(stream(), y, x.h, h(weight), eps, offset or 0))
+  return wrap(y)
+end
+
+function F.layer_norm(x, weight, bias, eps)
+  local y = handle()
+  check(C.wane_layer_norm(stream(), y, x.h, h(weight), h(bias), eps))
+  return wrap(y)
+end
+
+--- Rotary embedding of x [B, T, H, D].
+function F.rope(x, inv_freq, positions, start, scale, interleaved)
+  local y = handle()
+  check(C.wane_rope(stream(), y, x.h, inv_freq.h, h(positions), start, scale, interleaved and 1 or 0))
+  return wrap(y)
+end
+
+--- Writes x [B, T, H, D] into cache [B, H, capacity, D] from time `start` on.
+function F.kv_append(cache, x, start) check(C.wane_kv_append(stream(), cache.h, x.h, start)) end
+
+local options = ffi.new "wane_attention_options"
+--- Attention of q [B, T, H, D] over a cache; o: scale, softcap, q_start, kv_length, window, causal, key_mask, bias.
+function F.attention(q, k, v, o)
+  options.scale, options.softcap = o.scale or 0, o.softcap or 0
+  options.q_start, options.kv_length = o.q_start, o.kv_length
+  options.window, options.causal = o.window or 0, o.causal == false and 0 or 1
+  local y = handle()
+  check(C.wane_attention(stream(), y, q.h, k.h, v.h, h(o.key_mask), h(o.bias), options))
+  return wrap(y)
+end
+
+--- act(gate) * up; act is one of F.acts.
+function F.glu(gate, up, act)
+  local y = handle()
+  check(C.wane_glu(stream(), y, gate.h, up.h, act))
+  return wrap(y)
+end
+
+function F.unary(x, op)
+  local y = handle()
+  check(C.wane_unary(stream(), y, x.h, op))
+  return wrap(y)
+end
+
+function F.binary(a, b, op)
+  local y = handle()
+  check(C.wane_binary(stream(), y, a.h, b.h, op))
+  return wrap(y)
+end
+
+function F.binary_scalar(a, value, op, reversed)
+  local y = handle()
+  check(C.wane_binary_scalar(stream(), y, a.h, value, op, reversed and 1 or 0))
+  return wrap(y)
+end
+
+function F.add(a, b) return F.binary(a, b, C.WANE_ADD) end
+
+function F.where(cond, a, b)
+  local y = handle()
+  check(C.wane_where(stream(), y, cond.h, a.h, b.h))
+  return wrap(y)
+end
+
+function F.cast(x, dtype)
+  local y = handle()
+  check(C.wane_cast(stream(), y, x.h, dtype))
+  return wrap(y)
+end
+
+--- dst[...] = src.
+function F.copy(dst, src) check(C.wane_copy(stream(), dst.h, src.h)) end
+
+function F.argmax(x, dim)
+  local y = handle()
+  check(C.wane_reduce(stream(), y, x.h, C.WANE_ARGMAX, dim, 0))
+  return wrap(y)
+end
+
+--- -log softmax(logits)[label] of each row.
+function F.nll(logits, labels, ignore_index)
+  local y = handle()
+  check(C.wane_nll(stream(), y, logits.h, labels.h, ignore_index or -100))
+  return wrap(y)
+end
+
+local sizes = ffi.new "int64_t[8]"
+--- A view of x with the given sizes (one may be -1).
+function F.view(x, a, b, c, d)
+  local n = d and 4 or c and 3 or b and 2 or 1
+  sizes[0], sizes[1], sizes[2], sizes[3] = a, b or 0, c or 0, d or 0
+  local y = handle()
+  check(C.wane_view_reshape(stream(), y, x.h, n, sizes))
+  return wrap(y)
+end
+
+--- A view of `length` elements of dimension `dim` from `start` on; both count from 0 here.
+function F.narrow(x, dim, start, length)
+  local y = handle()
+  check(C.wane_view_narrow(stream(), y, x.h, dim, start, length, 1))
+  return wrap(y)
+end
+
+--- An uninitialised tensor outside the pool and outside any scope (weights, caches): the collector or close() frees it.
+function F.persistent(dtype, ...)
+  local n = select("#", ...)
+  for i = 1, n do sizes[i - 1] = (select(i, ...)) end
+  local s = stream()
+  local scope = C.wane_scope_swap(s, nil)
+  local y = handle()
+  local status = C.wane_tensor_new_paged(s, y, dtype, n, sizes)
+  C.wane_scope_swap(s, scope)
+  check(status)
+  return wrap(y)
+end
+
+--- A tensor holding the first `count` values of a C array, in the current scope.
+function F.upload(data, dtype, bytes, ...)
+  local n = select("#", ...)
+  for i = 1, n do sizes[i - 1] = (select(i, ...)) end
+  local y = handle()
+  check(C.wane_tensor_new(stream(), y, dtype, n, sizes))
+  local t = wrap(y)
+  check(C.wane_tensor_upload(stream(), y, data, bytes))
+  return t
+end
+
+--- Runs fn outside any scope: tensors made by it live until closed or collected.
+function F.outside_scopes(fn, ...)
+  local s = stream()
+  local scope = C.wane_scope_swap(s, nil)
+  local function finish(ok, ...)
+    C.wane_scope_swap(s, scope)
+    if not ok then error((...), 0) end
+    return ...
+  end
+  return finish(pcall(fn, ...))
+end
+
+local info = core.info_type()
+--- Waits for a contiguous tensor's values and copies them into a new C array of its element type.
+-- @return cdata array, integer count
+function F.read(t, ctype)
+  check(C.wane_tensor_info(t.h, info))
+  local count, bytes, ticket = tonumber(info.numel), info.nbytes, info.ticket
+  local out = ffi.new(ctype .. "[?]", count)
+  check(core.wait(ticket))
+  check(C.wane_tensor_read(stream(), t.h, out, bytes))
+  return out, count
+end
+
+--- Activation names of config files -> unary op codes (transformers activations.py).
+F.acts = {
+  gelu = C.WANE_GELU, gelu_python = C.WANE_GELU, gelu_new = C.WANE_GELU_TANH, gelu_fast = C.WANE_GELU_TANH, gelu_pytorch_tanh = C.WANE_GELU_TANH,
+  gelu_accurate = C.WANE_GELU_TANH, quick_gelu = C.WANE_QUICK_GELU, relu = C.WANE_RELU, silu = C.WANE_SILU, swish = C.WANE_SILU,
+  tanh = C.WANE_TANH, sigmoid = C.WANE_SIGMOID,
+}
+
+return F

@@ -1,0 +1,18 @@
+--- Layers. `nn.Linear(in, out, bias)`, `nn.module { … forward = function(self, x, pass) … end }`, `nn.list(count, build)`.
+-- @module wane.nn
+local module = require "wane.nn.module"
+local layers = require "wane.nn.layers"
+
+return {
+  module = module.module,
+  list = module.list,
+  is_module = module.is,
+  Linear = require("wane.nn.linear").new,
+  Embedding = layers.Embedding.new,
+  RMSNorm = layers.RMSNorm.new,
+  LayerNorm = layers.LayerNorm.new,
+  activation = layers.activation,
+  gate = layers.gate,
+  rotary = require("wane.nn.rotary").new,
+  functional = require "wane.nn.functional",
+}

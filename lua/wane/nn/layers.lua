@@ -1,0 +1,71 @@
+--- The small layers: embedding, norms, activations.
+-- @module wane.nn.layers
+local core = require "wane.core"
+local F = require "wane.nn.functional"
+local module = require "wane.nn.module"
+
+local M = {}
+
+---@class wane.Embedding : wane.Module
+---@field weight wane.Tensor [count, width], any dtype: quantized tables are decoded row by row
+local Embedding = module.class "Embedding"
+M.Embedding = Embedding
+
+--- @param count integer rows
+-- @param width integer
+function Embedding.new(count, width)
+  return module.instance(Embedding, { count = count, width = width, params = { { name = "weight", shape = { count, width } } } })
+end
+function Embedding:forward(ids, pass) return F.embedding(self.weight, ids, pass and pass.dtype or core.C.WANE_F32) end
+function Embedding:describe()
+  local w = rawget(self, "weight")
+  return ("Embedding(%d, %d%s)"):format(self.count, self.width, w and w:dtype() ~= "f32" and ", " .. w:dtype() or "")
+end
+
+---@class wane.RMSNorm : wane.Module
+local RMSNorm = module.class "RMSNorm"
+M.RMSNorm = RMSNorm
+--- @param width integer
+-- @param eps number
+-- @param offset number|nil added to the stored weight (Gemma: 1)
+function RMSNorm.new(width, eps, offset)
+  return module.instance(RMSNorm, { width = width, eps = eps, offset = offset or 0, params = { { name = "weight", shape = { width } } } })
+end
+function RMSNorm:forward(x) return F.rms_norm(x, self.weight, self.eps, self.offset) end
+function RMSNorm:describe() return ("RMSNorm(%d, eps %g)"):format(self.width, self.eps) end
+
+---@class wane.LayerNorm : wane.Module
+local LayerNorm = module.class "LayerNorm"
+M.LayerNorm = LayerNorm
+--- @param width integer
+-- @param eps number
+function LayerNorm.new(width, eps)
+  return module.instance(LayerNorm, { width = width, eps = eps,
+    params = { { name = "weight", shape = { width } }, { name = "bias", shape = { width } } } })
+end
+function LayerNorm:forward(x) return F.layer_norm(x, self.weight, self.bias, self.eps) end
+function LayerNorm:describe() return ("LayerNorm(%d, eps %g)"):format(self.width, self.eps) end
+
+local function act_code(name)
+  local code = F.acts[name]
+  if not code then core.raise("no activation '%s': %s", tostring(name), "gelu, gelu_new, gelu_fast, quick_gelu, relu, silu, tanh, sigmoid") end
+  return code
+end
+
+--- The function of an activation's name in a config.
+-- @param name string
+-- @return function(x) -> Tensor
+function M.activation(name)
+  local code = act_code(name)
+  return function(x) return F.unary(x, code) end
+end
+
+--- act(gate) * up in one pass, for gated feed-forward layers.
+-- @param name string
+-- @return function(gate, up) -> Tensor
+function M.gate(name)
+  local code = act_code(name)
+  return function(gate, up) return F.glu(gate, up, code) end
+end
+
+return M
