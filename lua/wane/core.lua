@@ -113,8 +113,9 @@ end
 
 local waiters = setmetatable({}, { __mode = "k" })
 
---- Makes the running coroutine wait through `fn(fd, over)` instead of blocking. fn returns when `over()` is true: it makes sure
--- that fd is watched, then yields until fd is readable. `over()` also (re-)arms fd. nil restores blocking.
+--- Makes the running coroutine wait through `fn(fd, over, ticket)` instead of blocking. fn returns once `over()` is true;
+-- `over(true)` looks and also arms fd, which then becomes readable when it is time to look again. A stream has one fd and one armed
+-- ticket: with several coroutines waiting, arm the smallest (ticket is nil for jobs, whose fds are their own). nil restores blocking.
 -- @param fn function|nil
 -- @param co thread|nil default: the running coroutine
 function M.set_waiter(fn, co)
@@ -140,8 +141,8 @@ function M.wait(ticket)
   local waiter = M.waiter()
   if not waiter then return C.wane_stream_wait(s, ticket, -1) end
   local scope = C.wane_scope_swap(s, nil)          -- others enqueue while this coroutine sleeps
-  waiter(C.wane_stream_fd(s), function()
-    status = C.wane_stream_arm(s, ticket)
+  waiter(C.wane_stream_fd(s), function(arm)
+    if arm then status = C.wane_stream_arm(s, ticket) else status = C.wane_stream_poll(s, ticket) end
     return status ~= C.WANE_PENDING
   end, ticket)
   C.wane_scope_swap(s, scope)

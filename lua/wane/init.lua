@@ -1,0 +1,53 @@
+--- wane: large language models made small, from Lua.
+--
+--     local wane = require "wane"
+--     local model, tok = assert(wane.load("SmolLM2-135M-Instruct.gguf", { quant = "nf4" }))
+--     for piece in model:stream(tok, "The quick brown fox") do io.write(piece) end
+-- @module wane
+local core = require "wane.core"
+
+local M = { core = core, version = require("ffi").string(core.C.wane_version()) }
+
+-- Parts are loaded when first used: wane.quant, wane.nn, wane.models, …
+local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true }
+local Tensor = require "wane.tensor"
+M.Tensor = Tensor
+
+setmetatable(M, { __index = function(t, key)
+  local value
+  if parts[key] then
+    value = require("wane." .. key)
+  elseif Tensor.constructors and Tensor.constructors[key] then
+    value = Tensor.constructors[key]
+  end
+  rawset(t, key, value)
+  return value
+end })
+
+M.scope = core.scope
+
+--- Loads a model: a Hugging Face folder, a .gguf file, a folder quantized by bitsandbytes or wane.
+-- @param path string
+-- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false }
+-- @return wane.Model|nil model, wane.Tokenizer|string tok or message, string|nil code
+function M.load(path, opts) return require("wane.load").load(path, opts) end
+
+--- Number of worker threads; results never depend on it.
+-- @param n integer|nil sets it (0: default)
+-- @return integer
+function M.threads(n)
+  if n then core.check(core.C.wane_set_threads(n)) end
+  return core.C.wane_threads()
+end
+
+--- Memory of the process and of the library, in bytes.
+-- @return table { heap, heap_peak, mapped, limit, rss, rss_peak, tensors, allocations }
+function M.memory()
+  local m = require("ffi").new "wane_memory"
+  core.C.wane_memory_read(m)
+  local out = {}
+  for _, k in ipairs { "heap", "heap_peak", "mapped", "limit", "rss", "rss_peak", "tensors", "allocations" } do out[k] = tonumber(m[k]) end
+  return out
+end
+
+return M

@@ -1,0 +1,155 @@
+--- Loading a model: config -> family -> module tree -> which tensor goes where and how -> values, read while they are quantized.
+-- @module wane.load
+local core = require "wane.core"
+local models = require "wane.models"
+local Model = require "wane.model"
+
+local M = {}
+
+-- ---------------------------------------------------------------- quantization schemes
+
+local types = { nf4 = true, fp4 = true, int8 = true, ["int8-blockwise"] = true, none = true }
+
+--- A scheme as users write it ("nf4" or a table) in full, or nil for none. Raises for what does not exist.
+-- @param quant string|table|nil
+-- @return table|nil { type, block_size, double_quant, threshold, compute, skip }
+function M.scheme(quant)
+  if quant == nil or quant == "none" then return nil end
+  if type(quant) == "string" then quant = { type = quant } end
+  if type(quant) ~= "table" or not types[quant.type] then
+    core.raise("quant: expected none, nf4, fp4, int8 or int8-blockwise, found '%s'", tostring(type(quant) == "table" and quant.type or quant))
+  end
+  if quant.type == "none" then return nil end
+  local s = {}
+  for k, v in pairs(quant) do s[k] = v end
+  if s.double_quant and s.type ~= "nf4" and s.type ~= "fp4" then core.raise("double_quant is for nf4 and fp4, not %s", s.type) end
+  s.block_size = s.block_size or (s.type == "int8-blockwise" and 4096 or 64)
+  if s.type == "int8" then s.threshold = s.threshold or 6.0 end
+  return s
+end
+
+--- Is the module at `path` on a skip list? An entry names a module by its whole path, its last part, or a path within it.
+-- Source: transformers quantizers_utils.should_convert_module, the rule of version 4; see docs/formats.md.
+function M.skipped(path, skip)
+  local last = path:match "[^.]+$"
+  for _, s in ipairs(skip) do
+    if s == path or s == last or (path .. "."):find(s .. ".", 1, true) then return true end
+  end
+  return false
+end
+
+--- The skip list in force: what the caller says, else the output head.
+function M.skip_list(scheme, family)
+  return scheme.skip or { family.head }
+end
+
+-- ---------------------------------------------------------------- one request a parameter
+
+--- How a Linear's weight is to be held: a scheme, or nil to keep it as it is stored.
+local function weight_scheme(path, module, scheme, skip)
+  if not scheme or not module.in_features or M.skipped(path, skip) then return nil end
+  return scheme
+end
+
+--- Checks an entry's shape against the module's.
+local function fits(entry, shape)
+  if #entry.shape ~= #shape then return false end
+  for i = 1, #shape do if entry.shape[i] ~= shape[i] then return false end end
+  return true
+end
+
+local function plan(tree, ckpt, scheme)
+  local family, config = tree.family, tree.config
+  local skip = scheme and M.skip_list(scheme, family)
+  local requests, missing, tied = {}, {}, false
+  for path, module in tree:modules() do
+    for _, p in ipairs(module:own_parameters()) do
+      local name = path .. "." .. p.name
+      local entry = ckpt:find(name)
+      if entry then
+        if not fits(entry, p.shape) then
+          return nil, ("%s: '%s' has shape [%s], the config asks for [%s]"):format(ckpt.path, entry.name, table.concat(entry.shape, ", "),
+            table.concat(p.shape, ", ")), "WANE_E_FORMAT"
+        end
+        if entry.quant and scheme and module.in_features and not M.skipped(path, skip) and entry.quant.type ~= scheme.type then
+          return nil, ("%s: '%s' is already quantized (%s); load it without quant, or quantize the original checkpoint"):format(
+            ckpt.path, entry.name, entry.quant.type), "WANE_E_ARG"
+        end
+        local request = { entry = entry, module = module, field = p.name, path = path }
+        if not entry.quant then
+          request.scheme = p.name == "weight" and weight_scheme(path, module, scheme, skip) or nil
+          -- Norms and biases are small and read by every token: they are kept as f32. Matrices stay as they are stored.
+          if #p.shape == 1 then request.dtype = "f32" end
+        end
+        requests[#requests + 1] = request
+      elseif path == family.head and p.name == "weight" and config.tie_word_embeddings ~= false then
+        tied = true
+      else
+        missing[#missing + 1] = name
+      end
+    end
+  end
+  if #missing > 0 then
+    return nil, ("%s: %d tensor(s) of the model are missing: %s%s"):format(ckpt.path, #missing, table.concat(missing, ", ", 1, math.min(#missing, 5)),
+      #missing > 5 and ", …" or ""), "WANE_E_FORMAT"
+  end
+  return requests, tied
+end
+
+--- Sets a Linear up for the weight that it got.
+local function dress(module, scheme, entry_quant)
+  local quant = scheme or entry_quant
+  if quant and quant.type == "int8" then module.threshold = quant.threshold or 6.0 end
+end
+
+-- ---------------------------------------------------------------- load
+
+--- See wane.load.
+function M.load(path, opts)
+  opts = opts or {}
+  if type(path) ~= "string" then core.raise("load: expected a path, found a %s", type(path)) end
+  local scheme = M.scheme(opts.quant)
+  if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
+  local ckpt, message, code = require("wane.checkpoint").open(path)
+  if not ckpt then return nil, message, code end
+  local tree
+  tree, message, code = models.build(ckpt.config)
+  if not tree then return nil, path .. ": " .. message, code end
+  local requests, tied, reason = plan(tree, ckpt, scheme)
+  if not requests then return nil, tied, reason end
+  local tensors
+  tensors, message, code = require("wane.loader").load(ckpt, requests, { progress = opts.progress, io = opts.io, cancelled = opts.cancelled })
+  if not tensors then return nil, message, code end
+  for i, r in ipairs(requests) do
+    r.module[r.field] = tensors[i]
+    if r.module.in_features then dress(r.module, r.scheme, r.entry.quant) end
+  end
+  local family = tree.family
+  if tied then tree:find(family.head).weight = tree:find(family.embedding).weight end
+  local model = Model.new(tree)
+  model.path, model.scheme, model.generation_config = path, scheme or ckpt.quant, ckpt.generation_config or {}
+  model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
+  local tok
+  if opts.tokenizer ~= false then
+    tok, message, code = require("wane.tokenizer").load(path)
+    if not tok then
+      if opts.tokenizer == true then
+        model:close()
+        return nil, message, code
+      end
+      model.tokenizer_error = message
+    end
+  end
+  model.tokenizer = tok
+  return model, tok
+end
+
+--- f32 where every Linear is f32 as stored; the quantized folder's own compute dtype; bf16 otherwise.
+function M.default_compute(model, ckpt)
+  local stated = ckpt.quant and ckpt.quant.compute
+  if stated then return stated end
+  for _, l in ipairs(model:linears()) do if l[2].weight:dtype() ~= "f32" then return "bf16" end end
+  return "f32"
+end
+
+return M
