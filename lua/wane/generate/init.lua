@@ -331,7 +331,8 @@ end
 -- @param tok wane.Tokenizer
 -- @param prompt string|integer[]
 -- @param opts table|nil
--- @return function iterator of strings; it leaves the run in its second result for counters
+-- @return function iterator of strings
+-- @return wane.Run for counters: run.finished[1] says why it ended; run.on_token, if set, is called with each id
 function M.stream(model, tok, prompt, opts)
   local ids = prompt
   if type(prompt) == "string" then ids = tok:encode(prompt, { add_special_tokens = not (opts and opts.add_special_tokens == false) }) end
@@ -369,6 +370,7 @@ function M.stream(model, tok, prompt, opts)
     if over then return nil end
     while true do
       local row = run:next()
+      if row and run.on_token then run.on_token(row[1]) end
       if not row then
         over = true
         local rest = release(decoder.finish and decoder:finish() or "", true)
