@@ -2,6 +2,7 @@
 #ifndef WANE_READER_H
 #define WANE_READER_H
 #include "../base/base.h"
+#include "../quant/quant.h"
 #include "../tensor/tensor.h"
 
 /* ---- files ---- */
@@ -85,6 +86,22 @@ int wane_gguf_item(const wane_meta_entry *m, int64_t i, wane_meta *out);
 
 /* product of shape, -1 on overflow or a negative size */
 int64_t wane_shape_numel(int ndim, const int64_t *shape);
+
+/* ---- tensors over a mapping ---- */
+
+/* Where the parts of a tensor of any dtype lie in one block of memory, each aligned to 64. A plain tensor is all codes. */
+typedef struct wane_layout {
+  int32_t dtype, ndim, block_size, nested;
+  int64_t shape[WANE_MAX_DIMS];
+  int64_t n, rows, cols, scales;
+  size_t at[WANE_PARTS], part_bytes[WANE_PARTS], bytes;
+} wane_layout;
+/* WANE_E_SHAPE on overflow. The dtype must exist. */
+int wane_layout_of(wane_layout *l, int dtype, int ndim, const int64_t *shape, int block_size, int nested);
+/* The layout of an entry read as dtype and shape: a plain dtype or a GGUF kind that fills it exactly. */
+int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int dtype, int ndim, const int64_t *shape);
+/* The tensor itself; `base` lies in the mapping, which gets references of its own. */
+int wane_tensor_over(wane_stream *s, wane_handle *out, wane_mapping *m, char *base, const wane_layout *l);
 
 /* ---- JSON through yajl, with an allocator that may fail ---- */
 typedef struct wane_json_source {

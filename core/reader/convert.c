@@ -1,0 +1,142 @@
+/* convert.c: copies, casts and quantizes the chunks of a load, on the compute workers.
+ *
+ * A chunk is a range of values of the flat tensor that begins and ends where a quantization block, a source block and (where rows
+ * are rearranged) a head do. So chunks are independent of each other and the result equals quantizing the whole tensor at once. */
+#include "convert.h"
+#include "../base/float16.h"
+#include <string.h>
+
+enum { SCRATCH_VALUES = 64 << 10, SCRATCH_MOST = WANE_SCRATCH / 4 };
+
+static int64_t gcd(int64_t a, int64_t b) { while (b) { int64_t r = a % b; a = b; b = r; } return a; }
+
+/* Least common multiple; -1 on overflow. */
+static int64_t lcm(int64_t a, int64_t b) {
+  int64_t r;
+  return a < 1 || b < 1 || __builtin_mul_overflow(a / gcd(a, b), b, &r) ? -1 : r;
+}
+
+static int is_quantized(int dtype) { return dtype >= WANE_NF4 && dtype <= WANE_BLOCK8U; }
+
+int wane_conversion_is_copy(const wane_conversion *c) { return c->to.dtype == c->source && c->arrange != WANE_ARRANGE_ROPE; }
+
+/* Values of a head's rows. */
+static int64_t head_values(const wane_conversion *c) { return c->to.shape[0] / c->heads * (c->to.n / c->to.shape[0]); }
+
+static int check_arrange(const wane_conversion *c, const char *name) {
+  int64_t parts = c->arrange == WANE_ARRANGE_QKV ? 3 : 2;
+  if (c->arrange < 0 || c->arrange > WANE_ARRANGE_QKV) return wane_fail(WANE_E_ARG, "tensor '%s': arrangement %d does not exist", name, c->arrange);
+  if (c->heads < 1 || c->to.ndim < 1 || c->to.ndim > 2 || c->to.shape[0] % (c->heads * parts))
+    return wane_fail(WANE_E_SHAPE, "tensor '%s': %lld rows cannot be %d heads of %s", name, (long long)(c->to.ndim ? c->to.shape[0] : 0), c->heads,
+                     c->arrange == WANE_ARRANGE_QKV ? "q, k and v" : "pairs");
+  return WANE_OK;
+}
+
+int wane_conversion_plan(wane_conversion *c, const char *name) {
+  const wane_layout *to = &c->to;
+  if (c->arrange) { int status = check_arrange(c, name); if (status != WANE_OK) return status; }
+  int same = to->dtype == c->source;
+  if (!same && !wane_is_float(c->source) && !wane_gguf_block(c->source))
+    return wane_fail(WANE_E_DTYPE, "tensor '%s' holds %s: only float and GGUF values can become %s", name, wane_dtype_name(c->source), wane_dtype_name(to->dtype));
+  if (!same && !wane_is_float(to->dtype) && !is_quantized(to->dtype))
+    return wane_fail(WANE_E_DTYPE, "tensor '%s' cannot become %s while it is loaded", name, wane_dtype_name(to->dtype));
+  int64_t block = wane_gguf_block(c->source) ? wane_gguf_block(c->source) : 1;
+  c->grain = lcm(block, is_quantized(to->dtype) && to->n ? wane_quant_grain(to->dtype, to->block_size, to->cols) : 1);
+  if (same && c->arrange && to->n) c->grain = to->n / to->shape[0];
+  c->unit = c->arrange == WANE_ARRANGE_ROPE && to->n ? lcm(c->grain, head_values(c)) : c->grain;
+  if (c->grain < 1 || c->unit < 1) return wane_fail(WANE_E_SHAPE, "tensor '%s': block size %d does not fit its shape", name, to->block_size);
+  /* plain float rows are quantized from the chunk itself, everything else passes through a worker's scratch */
+  if (!same && c->grain > SCRATCH_MOST && (!wane_is_float(c->source) || c->arrange == WANE_ARRANGE_ROPE))
+    return wane_fail(WANE_E_UNSUPPORTED, "tensor '%s': blocks of %lld values are too large to be quantized while loading", name, (long long)c->grain);
+  return WANE_OK;
+}
+
+/* ---------------------------------------------------------------- rearranged rows */
+
+/* The file's row that holds row r: GGUF's converter wrote q, k and v of all heads one after another (QKV; the model has them head
+ * by head), and turned the two halves of each head into adjacent pairs (ROPE). Source: convert_hf_to_gguf.py. */
+static int64_t source_row(const wane_conversion *c, int64_t r) {
+  int64_t per_head = c->to.shape[0] / c->heads, head = r / per_head, within = r % per_head;
+  if (c->arrange == WANE_ARRANGE_ROPE) {
+    int64_t half = per_head / 2;
+    return head * per_head + within % half * 2 + within / half;
+  }
+  int64_t size = per_head / 3;
+  return within / size * (size * c->heads) + head * size + within % size;
+}
+
+uint64_t wane_conversion_place(const wane_conversion *c, uint64_t at, uint64_t *run) {
+  uint64_t bytes = (uint64_t)wane_dtype_bytes(c->source, c->to.n);
+  if (c->arrange != WANE_ARRANGE_QKV) { *run = bytes - at; return at; }
+  uint64_t rows = (uint64_t)c->to.shape[0], row_bytes = bytes / rows, size = rows / (uint64_t)c->heads / 3, row = at / row_bytes;
+  *run = (size - row % size) * row_bytes - at % row_bytes;
+  return (uint64_t)source_row(c, (int64_t)row) * row_bytes + at % row_bytes;
+}
+
+/* ---------------------------------------------------------------- values of a chunk */
+
+typedef struct span { const wane_conversion *c; const char *bytes; int64_t first; } span;   /* the chunk: its bytes and first value */
+
+/* Values [at, at + count) of the tensor, which lie in the chunk, as f32. */
+static void fetch(const span *s, int64_t at, int64_t count, float *out) {
+  const wane_conversion *c = s->c;
+  wane_qview q = { .dtype = c->source, .rows = c->to.rows, .cols = c->to.cols, .codes = s->bytes };
+  if (c->arrange != WANE_ARRANGE_ROPE) { wane_dequantize_range(&q, at - s->first, count, out); return; }
+  int64_t width = c->to.n / c->to.shape[0];
+  while (count) {
+    int64_t row = at / width, within = at % width, n = width - within < count ? width - within : count;
+    wane_dequantize_range(&q, source_row(c, row) * width + within - s->first, n, out);
+    at += n; out += n; count -= n;
+  }
+}
+
+/* Rows of a head put back in place, as they are. */
+static void copy_rows(const span *s, int64_t at, int64_t count) {
+  const wane_conversion *c = s->c;
+  int64_t width = c->to.n / c->to.shape[0], row_bytes = wane_dtype_bytes(c->source, width), first = s->first / width;
+  for (int64_t r = at / width; r < (at + count) / width; r++)
+    memcpy(c->base + r * row_bytes, s->bytes + (source_row(c, r) - first) * row_bytes, (size_t)row_bytes);
+}
+
+static void narrow(const float *x, int64_t count, int dtype, char *out) {
+  if (dtype == WANE_F16) for (int64_t i = 0; i < count; i++) { uint16_t h = wane_f32_to_f16(x[i]); memcpy(out + i * 2, &h, 2); }
+  else for (int64_t i = 0; i < count; i++) { uint16_t h = wane_f32_to_bf16(x[i]); memcpy(out + i * 2, &h, 2); }
+}
+
+/* Converts values [at, at + count): whole grains, unless the tensor ends. */
+static void convert(const span *s, int64_t at, int64_t count) {
+  const wane_conversion *c = s->c;
+  const wane_layout *to = &c->to;
+  if (to->dtype == c->source) { copy_rows(s, at, count); return; }
+  if (to->dtype == WANE_F32) { fetch(s, at, count, (float *)(void *)c->base + at); return; }
+  if (is_quantized(to->dtype) && wane_is_float(c->source) && c->arrange != WANE_ARRANGE_ROPE) {
+    const char *x = s->bytes + (at - s->first) * wane_size_of(c->source);
+    wane_quantize_range(to->dtype, x, c->source, at, count, to->cols, to->block_size, c->base, c->scales);
+    return;
+  }
+  float *values = wane_scratch();
+  int64_t piece = c->grain < SCRATCH_VALUES ? SCRATCH_VALUES / c->grain * c->grain : c->grain;
+  for (int64_t end = at + count; at < end; at += piece) {
+    int64_t n = end - at < piece ? end - at : piece;
+    fetch(s, at, n, values);
+    if (is_quantized(to->dtype)) wane_quantize_range(to->dtype, values, WANE_F32, at, n, to->cols, to->block_size, c->base, c->scales);
+    else narrow(values, n, to->dtype, c->base + at * 2);
+  }
+}
+
+/* ---------------------------------------------------------------- kernels */
+
+void wane_conversion_chunk(const wane_op *op, uint32_t chunk) {
+  span s = { op->p[0], op->p[1], op->n[0] };
+  int64_t lo, hi;
+  wane_op_range(op, chunk, op->n[1], s.c->grain, &lo, &hi);
+  if (hi > lo) convert(&s, op->n[0] + lo, hi - lo);
+}
+
+void wane_conversion_nest(const wane_op *op, uint32_t chunk) {
+  (void)chunk;
+  const wane_conversion *c = op->p[0];
+  const wane_layout *to = &c->to;
+  wane_quantize_nested(c->scales, to->scales, (uint8_t *)c->base + to->at[WANE_PART_ABSMAX], (float *)(void *)(c->base + to->at[WANE_PART_NESTED_ABSMAX]),
+                       (float *)(void *)(c->base + to->at[WANE_PART_NESTED_CODE]), (float *)(void *)(c->base + to->at[WANE_PART_OFFSET]));
+}
