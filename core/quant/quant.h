@@ -8,7 +8,7 @@
  * Special blocks: all zero gives the code of 0 and absmax 0. 1/absmax beyond f32 (absmax < 2.94e-39): scaled in double. A block that
  * holds NaN or infinity gives the code of 0 and an absmax that is not finite, so that it dequantizes to NaN instead of hiding it.
  *
- * Every function exists as a scalar reference (quant.c) and per instruction set with identical results; a wane_quant_kit is
+ * Every function exists as a scalar reference (quant_reference.c) and per instruction set with identical results; a wane_quant_kit is
  * one such set. Nothing here allocates, fails or keeps state. */
 #ifndef WANE_QUANT_H
 #define WANE_QUANT_H
@@ -52,6 +52,8 @@ typedef struct wane_quant_kit {
   void (*quantize_rows)(const void *x, int dtype, int64_t rows, int64_t K, int8_t *codes, float *absmax);
   /* Values [first, first + count) of the flat tensor as f32. Any range of any kind (GGUF blocks are entered at any element). */
   void (*dequantize)(const wane_qview *q, int64_t first, int64_t count, float *out);
+  /* f32 -> f16 or bf16, rounded to nearest even. */
+  void (*narrow)(const float *x, int64_t n, int dtype, void *out);
 } wane_quant_kit;
 extern const wane_quant_kit wane_quant_generic;
 /* Offers a level's kit (called while backends are registered); the kit of the level in force. */
@@ -70,7 +72,7 @@ int64_t wane_quant_grain(int kind, int block_size, int64_t cols);
 int64_t wane_quant_code_bytes(int kind, int64_t n);
 int64_t wane_quant_absmax_count(int kind, int64_t n, int64_t cols, int block_size);
 /* Double quantization of the nb scales, once all are there. offset = their mean (summed in double); codes u8 [nb],
- * nested_absmax f32 [ceil(nb/256)], nested_code f32 [256] (the signed map). */
+ * nested_absmax f32 [ceil(nb/256)], nested_code f32 [256] (the signed map; optional). */
 void wane_quantize_nested(const float *absmax, int64_t nb, uint8_t *codes, float *nested_absmax, float *nested_code, float *offset);
 /* The inverse, for scales [first, first + count): nested_code[code] * nested_absmax + offset. */
 void wane_dequantize_nested(const wane_qview *q, int64_t first, int64_t count, float *absmax);

@@ -28,6 +28,7 @@ static void build(void) {
     if (level) *b = tables[level - 1];
     b->abi = WANE_ABI;
     b->name = names[level];
+    if (level > wane_cpu_best()) continue;          /* even a registrar is compiled for its instruction set */
     switch (level) {
       case WANE_CPU_GENERIC: layer(b, generic, "generic"); break;
 #ifdef WANE_KERNELS_AVX2              /* the build defines one of these for each group that has files */

@@ -1,5 +1,6 @@
 /* avx2_registry.c: puts every room's AVX2 kernels into the op table. A room adds its line here. */
 #include "../ops/ops.h"
+#include "../quant/kernels.h"
 #include "../tensor/tensor.h"
 
 void wane_register_avx2(wane_backend *b) {
@@ -7,4 +8,5 @@ void wane_register_avx2(wane_backend *b) {
   wane_reduce_register_avx2(b);
   wane_random_register_avx2(b);
   wane_matmul_register_avx2(b);
+  wane_quant_register_avx2(b);
 }

@@ -76,6 +76,36 @@ static inline __attribute__((unused)) void wane_mask_storeu_ps(void *p, __mmask1
   for (int i = 0; i < 16; i++) if (k >> i & 1) __builtin_memcpy((char *)p + 4 * i, &x[i], 4);
 }
 #endif
+#ifndef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32(v) wane_cvtepu8_epi32(v)
+static inline __attribute__((unused)) __m512i wane_cvtepu8_epi32(__m128i v) {
+  return wane_join(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}
+#endif
+#ifndef _mm512_cvtepi32_epi8
+#define _mm512_cvtepi32_epi8(v) wane_cvtepi32_epi8(v)
+static inline __attribute__((unused)) __m128i wane_cvtepi32_epi8(__m512i v) {
+  __m256i w = _mm256_and_si256(_mm512_cvtepi32_epi16(v), _mm256_set1_epi16(255));
+  return _mm_packus_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+}
+#endif
+#ifndef _mm512_i32gather_epi32
+#define _mm512_i32gather_epi32(i, p, scale) \
+  wane_join(_mm256_i32gather_epi32((const int *)(p), WANE_LOW(i), scale), _mm256_i32gather_epi32((const int *)(p), WANE_HIGH(i), scale))
+#endif
+#ifndef _mm512_i32gather_ps
+#define _mm512_i32gather_ps(i, p, scale) _mm512_castsi512_ps(_mm512_i32gather_epi32(i, p, scale))
+#endif
+#ifndef _mm512_reduce_max_epu32
+#define _mm512_reduce_max_epu32(v) wane_reduce_max_epu32(v)
+static inline __attribute__((unused)) uint32_t wane_reduce_max_epu32(__m512i v) {
+  __m256i h = _mm256_max_epu32(WANE_LOW(v), WANE_HIGH(v));
+  uint32_t x[8], most = 0;
+  _mm256_storeu_si256((__m256i *)x, h);
+  for (int i = 0; i < 8; i++) if (x[i] > most) most = x[i];
+  return most;
+}
+#endif
 #else
 #include <immintrin.h>
 #endif
