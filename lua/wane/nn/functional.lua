@@ -6,15 +6,62 @@ local core = require "wane.core"
 local Tensor = require "wane.tensor"
 local C, check, stream, wrap = core.C, core.check, core.stream, Tensor.wrap
 local handle = core.handle_type
+local info = core.info_type()
 
 local F = {}
 
+--- The tape that records now (lua/wane/autograd.lua), or nil.
+F.tape = nil
+
 local function h(t) return t and t.h or nil end
+
+-- Sum over all dimensions but the last `keep`: gradients of what was broadcast over rows.
+local function sum_rows(t, keep)
+  local shape = t:shape()
+  while #shape > keep do
+    local y = handle()
+    check(C.wane_reduce(stream(), y, t.h, C.WANE_SUM, 0, 0))
+    t = wrap(y)
+    table.remove(shape, 1)
+  end
+  return t
+end
+
+--- [.., n] as [rows, n].
+local function rows_of(t) return F.view(t, -1, t:shape()[#t:shape()]) end
 
 --- x · Wᵀ + bias; see wane_linear. threshold: outlier threshold of LLM.int8(), below 0 for weight-only.
 function F.linear(x, weight, bias, compute, threshold)
   local y = handle()
   check(C.wane_linear(stream(), y, x.h, weight.h, h(bias), compute, threshold or -1))
+  local out = wrap(y)
+  local tape = F.tape
+  if not tape then return out end
+  return tape:push(out, { x, weight, bias, n = 3 }, function(dy)
+    local dx, dw, db
+    if tape:needs(x) then
+      local g = handle()
+      check(C.wane_linear_backward(stream(), g, dy.h, weight.h, compute))
+      dx = wrap(g)
+    end
+    if tape:needs(weight) then dw = F.matmul(F.transpose(rows_of(dy)), rows_of(x)) end   -- [N, M] · [M, K]
+    if tape:needs(bias) then db = sum_rows(rows_of(dy), 1) end
+    return dx, dw, db
+  end)
+end
+
+--- Product of two matrices.
+function F.matmul(a, b)
+  local y = handle()
+  check(C.wane_matmul(stream(), y, a.h, b.h))
+  return wrap(y)
+end
+
+local swapped = ffi.new("int32_t[2]", 1, 0)
+--- A view of a matrix with its dimensions swapped.
+function F.transpose(x)
+  local y = handle()
+  check(C.wane_view_permute(stream(), y, x.h, swapped))
   return wrap(y)
 end
 
@@ -28,13 +75,25 @@ end
 function F.rms_norm(x, weight, eps, offset)
   local y = handle()
   check(C.wane_rms_norm(stream(), y, x.h, h(weight), eps, offset or 0))
-  return wrap(y)
+  local out = wrap(y)
+  if not F.tape then return out end
+  return F.tape:push(out, { x, weight, n = 2 }, function(dy)
+    local dx, dw = handle(), handle()
+    check(C.wane_rms_norm_backward(stream(), dx, dw, dy.h, x.h, h(weight), eps, offset or 0))
+    return wrap(dx), weight and wrap(dw)
+  end)
 end
 
 function F.layer_norm(x, weight, bias, eps)
   local y = handle()
   check(C.wane_layer_norm(stream(), y, x.h, h(weight), h(bias), eps))
-  return wrap(y)
+  local out = wrap(y)
+  if not F.tape then return out end
+  return F.tape:push(out, { x, weight, bias, n = 3 }, function(dy)
+    local dx, dw, db = handle(), handle(), handle()
+    check(C.wane_layer_norm_backward(stream(), dx, dw, db, dy.h, x.h, h(weight), eps))
+    return wrap(dx), weight and wrap(dw), bias and wrap(db)
+  end)
 end
 
 --- Rotary embedding of x [B, T, H, D].
@@ -83,7 +142,24 @@ function F.binary_scalar(a, value, op, reversed)
   return wrap(y)
 end
 
-function F.add(a, b) return F.binary(a, b, C.WANE_ADD) end
+--- a + b of equal shapes.
+function F.add(a, b)
+  local out = F.binary(a, b, C.WANE_ADD)
+  return F.tape and F.tape:push(out, { a, b }, function(dy) return dy, dy end) or out
+end
+
+--- Mean of all elements, a single value.
+function F.mean(x)
+  local y = handle()
+  check(C.wane_reduce(stream(), y, x.h, C.WANE_MEAN, -1, 0))
+  local out = wrap(y)
+  if not F.tape then return out end
+  return F.tape:push(out, { x }, function(dy)
+    core.check(C.wane_tensor_info(x.h, info))
+    local zeros = F.binary_scalar(x, 0, C.WANE_MUL)
+    return F.add(zeros, F.binary_scalar(dy, 1 / tonumber(info.numel), C.WANE_MUL))
+  end)
+end
 
 function F.where(cond, a, b)
   local y = handle()
@@ -110,7 +186,13 @@ end
 function F.nll(logits, labels, ignore_index)
   local y = handle()
   check(C.wane_nll(stream(), y, logits.h, labels.h, ignore_index or -100))
-  return wrap(y)
+  local out = wrap(y)
+  if not F.tape then return out end
+  return F.tape:push(out, { logits }, function(dy)
+    local d = handle()
+    check(C.wane_nll_backward(stream(), d, logits.h, labels.h, dy.h, ignore_index or -100))
+    return wrap(d)
+  end)
 end
 
 local sizes = ffi.new "int64_t[8]"
@@ -166,7 +248,6 @@ function F.outside_scopes(fn, ...)
   return finish(pcall(fn, ...))
 end
 
-local info = core.info_type()
 --- Waits for a contiguous tensor's values and copies them into a new C array of its element type.
 -- @return cdata array, integer count
 function F.read(t, ctype)

@@ -1,0 +1,30 @@
+--- Quantizes a model in memory, layer by layer; wane.quant.convert.
+-- @module wane.convert
+local core = require "wane.core"
+local load = require "wane.load"
+
+--- Quantizes every Linear of a model (or any module tree) in place. Without a filter, the scheme's skip list decides (default: the
+-- output head stays); with one, the filter alone.
+-- @param model wane.Module
+-- @param scheme string|table "nf4" or { type, block_size, double_quant, threshold, compute, skip }
+-- @param filter function|nil filter(path, linear) -> true to quantize
+-- @return integer how many layers were quantized
+return function(model, scheme, filter)
+  local s = load.scheme(scheme)
+  if not s then core.raise "convert: expected nf4, fp4, int8 or int8-blockwise, found none" end
+  local skip = s.skip or (model.family and { model.family.head }) or {}
+  local count = 0
+  for path, module in model:modules() do
+    if module.in_features then
+      local wanted
+      if filter then wanted = filter(path, module) else wanted = not load.skipped(path, skip) end
+      if wanted then
+        local old = rawget(module, "weight")
+        core.scope(function() module:quantize(s) end)
+        if old then old:close() end
+        count = count + 1
+      end
+    end
+  end
+  return count
+end
