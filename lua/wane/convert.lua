@@ -13,6 +13,8 @@ return function(model, scheme, filter)
   local s = load.scheme(scheme)
   if not s then core.raise "convert: expected nf4, fp4, int8 or int8-blockwise, found none" end
   local skip = s.skip or (model.family and { model.family.head }) or {}
+  local uses = {}                                      -- a tied table stays for its other user
+  for _, t in model:parameters() do uses[t] = (uses[t] or 0) + 1 end
   local count = 0
   for path, module in model:modules() do
     if module.in_features then
@@ -21,7 +23,7 @@ return function(model, scheme, filter)
       if wanted then
         local old = rawget(module, "weight")
         core.scope(function() module:quantize(s) end)
-        if old then old:close() end
+        if old and uses[old] == 1 then old:close() end
         count = count + 1
       end
     end
