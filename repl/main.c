@@ -87,6 +87,7 @@ int main(int argc, char **argv) {
   }
   if (status != 0) fprintf(stderr, "wane: %s\n", lua_tostring(L, -1) ? lua_tostring(L, -1) : "error of an unprintable kind");
   int code = status != 0 ? 1 : (int)lua_tointeger(L, -1);
+  terminal_release_interrupts();
   lua_close(L);
   return code;
 }

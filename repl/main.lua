@@ -2,7 +2,7 @@
 -- Run by main.c with the home folder; returns the exit status.
 local home = ...
 
-for _, name in ipairs { "session", "editor", "history", "complete", "help", "show", "trace" } do
+for _, name in ipairs { "session", "editor", "history", "complete", "docstrings", "help", "show", "trace" } do
   package.preload["wane.repl." .. name] = function(...) return assert(loadfile(home .. "/repl/" .. name .. ".lua"))(...) end
 end
 local trace = require "wane.repl.trace"
@@ -46,7 +46,7 @@ local function shift(n, name)
   local shifted = { [0] = name }
   for i = n + 1, #arg do shifted[i - n] = arg[i] end
   shifted[-1] = arg[0]
-  arg = shifted
+  rawset(_G, "arg", shifted)
 end
 
 -- Runs a chunk as a program: errors go to stderr with the user's frames, status 1; ctrl-C is 130.
@@ -62,7 +62,7 @@ local function run(chunk, message)
     io.stderr:write "wane: interrupted\n"
     return 130
   end
-  io.stderr:write("wane: ", problem, "\n")
+  io.stderr:write(problem:find "^wane: " and "" or "wane: ", problem, "\n")
   return 1
 end
 

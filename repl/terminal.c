@@ -83,6 +83,11 @@ void terminal_catch_interrupts(lua_State *L) {
   sigaction(SIGWINCH, &action, NULL);
 }
 
+void terminal_release_interrupts(void) {
+  restore_terminal();
+  signal(SIGINT, SIG_DFL);
+}
+
 /* on_interrupt(function, object): both addresses as numbers (47 bits fit a double); calls function(object) in the signal handler,
  * so it must be safe there (wane_stream_cancel is). The same pair twice counts once. Returns false when the table is full. */
 static int l_on_interrupt(lua_State *L) {

@@ -169,7 +169,7 @@ function M.wait_job(job, progress)
       report()
       status = C.wane_job_poll(job)
       return status ~= C.WANE_PENDING
-    end)
+    end, nil, job)
     C.wane_scope_swap(s, scope)
   end
   while status == C.WANE_PENDING do
