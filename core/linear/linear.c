@@ -1,5 +1,6 @@
 /* linear.c: wane_linear and wane_linear_backward: checks, memory, and the choice of kernels. The frame is explained in linear.h. */
 #include "linear.h"
+#include "int8.h"
 #include "../tensor/tensor.h"
 
 int wane_linear_group(int dtype) {
@@ -28,7 +29,7 @@ typedef struct product {
   wane_tensor *x, *y, *bias;             /* contiguous */
   wane_qview w;
   int64_t M, width, out;                 /* rows; values a row of x; values a row of y */
-  int compute, group;
+  int compute, group, by_row;
   float threshold;
   void *work;
 } product;
@@ -46,6 +47,7 @@ static wane_op *product_op(wane_stream *s, const product *p, int slot, int64_t m
   op->i[WANE_LINEAR_DTYPE] = p->x->dtype;
   op->i[WANE_LINEAR_BIAS_DTYPE] = p->bias ? p->bias->dtype : WANE_F32;
   op->i[WANE_LINEAR_COMPUTE] = p->compute;
+  op->i[WANE_LINEAR_BY_ROW] = p->by_row;
   op->f[WANE_LINEAR_THRESHOLD] = p->threshold;
   return op;
 }
@@ -58,13 +60,17 @@ static uint32_t at_most(uint32_t chunks, int64_t limit) {
 /* Enqueues the ops of rows [m0, m0 + rows): [scan,] prepare or pack, product. */
 static void product_slice(wane_stream *s, const product *p, int prepare, int multiply, int64_t m0, int64_t rows) {
   int64_t values = rows * p->width, weights = p->w.rows * p->w.cols;
+  int scan = p->group == WANE_GROUP_LLM_INT8 && p->threshold > 0, alone = scan && values <= 1 << 14;
   wane_op *op;
-  if (p->group == WANE_GROUP_LLM_INT8) {
+  if (scan && !alone) {
     op = product_op(s, p, WANE_OP_LINEAR_SCAN, m0, rows);
+    op->nchunks = at_most(wane_chunks(values, 1 << 15), (p->width + 63) / 64);
     wane_op_push(s, op, NULL, NULL);
   }
   op = product_op(s, p, prepare, m0, rows);
+  op->i[WANE_LINEAR_ALONE] = alone;
   op->nchunks = prepare == WANE_OP_LINEAR_PREPARE ? at_most(wane_chunks(values, 1 << 14), rows) : at_most(wane_chunks(values, 1 << 15), (rows + 31) / 32);
+  if (alone) op->nchunks = 1;
   wane_op_push(s, op, NULL, NULL);
   op = product_op(s, p, multiply, m0, rows);
   if (multiply == WANE_OP_LINEAR_ROWS) op->nchunks = at_most(wane_chunks(weights * ((rows + 3) / 4), 1 << 16), p->out);
@@ -84,6 +90,7 @@ static int product_run(wane_stream *s, product *p, int prepare, int multiply) {
   if (slice > p->M) slice = p->M;
   bytes = wane_linear_work_bytes(slice, p->width);
   if (bytes < 0) return wane_fail(WANE_E_SHAPE, "a product of %lld rows of %lld values is too large", (long long)p->M, (long long)p->width);
+  if (p->group == WANE_GROUP_LLM_INT8) bytes = wane_int8_plan(p->M, p->width).bytes;
   p->work = wane_workspace(s, (size_t)bytes, &hold);
   if (!p->work) return WANE_E_MEMORY;
   for (int64_t m = 0; m < p->M; m += slice) product_slice(s, p, prepare, multiply, m, p->M - m < slice ? p->M - m : slice);
@@ -136,7 +143,10 @@ int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane
   if (status == WANE_OK) status = weight_view(s, w, &p.w, &p.group, &whold);
   if (status != WANE_OK) return status;
   if (p.group == WANE_GROUP_INT8 && threshold >= 0) p.group = WANE_GROUP_LLM_INT8;
-  p.width = p.w.cols, p.out = p.w.rows;
+  p.width = p.w.cols, p.out = p.w.rows, p.by_row = (compute & WANE_COMPUTE_INVARIANT) != 0;
+  if (p.group == WANE_GROUP_LLM_INT8 && p.width > WANE_INT8_MAX_K)
+    return wane_fail(WANE_E_SHAPE, "weight is [%lld, %lld]: LLM.int8() sums at most %d products in an int32; use threshold < 0 (weight-only)",
+                     (long long)p.out, (long long)p.width, WANE_INT8_MAX_K);
   if (bias) {
     if (!(p.bias = wane_use(s, bias, "bias"))) status = WANE_E_STALE;
     else if (!wane_is_float(p.bias->dtype) || p.bias->ndim != 1 || p.bias->shape[0] != p.out)

@@ -38,7 +38,7 @@ enum {
   WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, W -> y;        chunks over n */
   WANE_OP_LINEAR_BACK_PACK = WANE_OP_LINEAR + 32, /* dy -> workspace of BACK;  chunks over m */
   WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, W -> dx;       chunks over k */
-  WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48       /* x -> workspace, before PREPARE and PACK; one chunk. LLM_INT8 only: outlier columns of all rows */
+  WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48       /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
 };
 
 /* The record of all of them. The weight is wane_qview_load(op) (pointers 4..9, sizes 10 and 11, integers 14 and 15). */
@@ -51,6 +51,8 @@ enum {
   WANE_LINEAR_DTYPE = 0,     /* i: of x and y */
   WANE_LINEAR_BIAS_DTYPE = 1,
   WANE_LINEAR_COMPUTE = 2,   /* WANE_COMPUTE_F32 … _FAST, without the invariant bit */
+  WANE_LINEAR_BY_ROW = 3,    /* LLM_INT8: 1 takes outlier columns a row at a time (WANE_COMPUTE_INVARIANT) */
+  WANE_LINEAR_ALONE = 4,     /* LLM_INT8, preparing ops: 1 if no SCAN ran before */
   WANE_LINEAR_THRESHOLD = 0  /* f */
 };
 

@@ -3,6 +3,7 @@
  *
  * Each sum is f32, in rising k (in rising n for the backward), one product and one addition at a time. */
 #include "linear.h"
+#include "int8.h"
 
 enum { PIECE = 2048, BACK_COLUMNS = 64 };  /* values decoded at a time; columns of dx at a time */
 
@@ -71,4 +72,5 @@ void wane_register_generic_linear(wane_backend *b) {
     b->ops[WANE_OP_LINEAR_BACK_PACK + g] = generic_back_pack;
     b->ops[WANE_OP_LINEAR_BACK + g] = generic_back;
   }
+  wane_int8_register_generic(b);
 }

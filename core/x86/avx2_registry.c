@@ -1,4 +1,5 @@
 /* avx2_registry.c: puts every room's AVX2 kernels into the op table. A room adds its line here. */
+#include "../linear/linear8.h"
 #include "../ops/ops.h"
 #include "../quant/kernels.h"
 #include "../tensor/tensor.h"
@@ -9,4 +10,5 @@ void wane_register_avx2(wane_backend *b) {
   wane_random_register_avx2(b);
   wane_matmul_register_avx2(b);
   wane_quant_register_avx2(b);
+  wane_linear8_register_avx2(b);
 }

@@ -1,0 +1,7 @@
+/* amx_registry.c: puts every room's AMX kernels into the op table. A room adds its line here. */
+#include "../linear/linear8.h"
+#include "../tensor/tensor.h"
+
+void wane_register_amx(wane_backend *b) {
+  wane_linear8_register_amx(b);
+}
