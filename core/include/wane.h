@@ -350,6 +350,13 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
 
+/* ---- what the machine can do at most, measured by the workers that run every other op ---- */
+enum { WANE_PROBE_READ, WANE_PROBE_F32, WANE_PROBE_BF16, WANE_PROBE_I8 };
+/* Enqueues one probe; the caller times it. READ: reads `buffer` (u8, contiguous) once; `rounds` is ignored. F32, BF16, I8: multiply-adds
+ * in registers, the fastest instruction of the level in force, `rounds` rounds in each of 64 chunks; *operations gets the number of
+ * multiplications and additions in all (0: the level has no such instruction, nothing is enqueued). */
+WANE_API int wane_probe(wane_stream *s, int what, const wane_handle *buffer, int64_t rounds, double *operations);
+
 /* ================================================================ 11. Files: indexes, mappings, loading, writing (core/reader)
  *
  * An index is the table of contents of a checkpoint: names, dtypes, shapes and places of its tensors, and its metadata. It is read

@@ -1,5 +1,6 @@
 /* backend.c: the op tables of the CPU, one a level: the scalar reference first, then what each instruction set does better. */
 #include "stream.h"
+#include "../ops/probe.h"
 #include <pthread.h>
 
 enum { LEVELS = WANE_CPU_AMX + 1 };
@@ -16,6 +17,7 @@ static void layer(wane_backend *b, void (*fill)(wane_backend *), const char *ori
 
 static void generic(wane_backend *b) {
   wane_register_generic_memory(b);
+  wane_probe_register_generic(b);
   wane_register_generic_elementwise(b);
   wane_register_generic_nn(b);
   wane_register_generic_quant(b);
