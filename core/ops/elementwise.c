@@ -55,7 +55,7 @@ static int need_writable(const wane_tensor *t, const char *op) {
   for (int d = 0; d < t->ndim; d++)
     if (t->stride[d] == 0 && t->shape[d] > 1)
       return wane_fail(WANE_E_ARG, "%s: the destination %s is an expanded view: dimension %d repeats the same memory; write to a contiguous copy", op,
-                       wane_shape_text(t), d);
+                       wane_shape_text(t), d + 1);
   return WANE_OK;
 }
 

@@ -11,7 +11,7 @@ static int need_index(const wane_tensor *t, const char *op) {
 
 static int need_dim(const wane_tensor *t, int dim, const char *op) {
   if (dim >= 0 && dim < t->ndim) return WANE_OK;
-  return wane_fail(WANE_E_ARG, "%s: dimension %d of %s does not exist (0-based)", op, dim, wane_shape_text(t));
+  return wane_fail(WANE_E_ARG, "%s: %s has no dimension %d", op, wane_shape_text(t), dim + 1);
 }
 
 int wane_index_select(wane_stream *s, wane_handle *out, const wane_handle *x, int dim, const wane_handle *index) {
@@ -59,7 +59,7 @@ int wane_gather(wane_stream *s, wane_handle *out, const wane_handle *x, int dim,
   for (int d = 0; d < t->ndim; d++) {
     shape[d] = d == dim || t->shape[d] == 1 ? at->shape[d] : t->shape[d];
     if (d != dim && at->shape[d] != 1 && at->shape[d] != shape[d])
-      return wane_fail(WANE_E_SHAPE, "gather: x %s and index %s do not broadcast in dimension %d", wane_shape_text(t), wane_shape_text(at), d);
+      return wane_fail(WANE_E_SHAPE, "gather: x %s and index %s do not broadcast in dimension %d", wane_shape_text(t), wane_shape_text(at), d + 1);
   }
   vx.shape[dim] = shape[dim];
   vx.stride[dim] = 0;
@@ -93,7 +93,7 @@ static int cat_shape(wane_stream *s, const wane_handle *const *tensors, int coun
     if ((rc = wane_need_plain(t, "cat", "tensors[i]"))) return rc;
     int fits = t->ndim == first->ndim;
     for (int d = 0; fits && d < t->ndim; d++) fits = d == dim || t->shape[d] == first->shape[d];
-    if (!fits) return wane_fail(WANE_E_SHAPE, "cat: %s (number %d) does not fit to %s along dimension %d", wane_shape_text(t), i, wane_shape_text(first), dim);
+    if (!fits) return wane_fail(WANE_E_SHAPE, "cat: %s (number %d) does not fit to %s along dimension %d", wane_shape_text(t), i + 1, wane_shape_text(first), dim + 1);
     shape[dim] += t->shape[dim];
     *dtype = wane_promote(*dtype, t->dtype);
   }

@@ -85,7 +85,7 @@ int wane_reduce(wane_stream *s, wane_handle *out, const wane_handle *x, int op, 
   int dtype = result_dtype(op, t->dtype), everything = dim == -1;
   if (dtype < 0) return wane_fail(WANE_E_ARG, "reduce: there is no operation number %d", op);
   if (!everything && (dim < 0 || dim >= t->ndim))
-    return wane_fail(WANE_E_ARG, "reduce: dimension %d of %s does not exist (0-based; -1 reduces everything)", dim, wane_shape_text(t));
+    return wane_fail(WANE_E_ARG, "reduce: %s has no dimension %d", wane_shape_text(t), dim + 1);
   int64_t shape[WANE_MAX_DIMS], n = everything ? wane_numel(t) : t->shape[dim];
   if (n == 0 && op != WANE_SUM && op != WANE_PROD && op != WANE_MEAN && op != WANE_ANY && op != WANE_ALL && op != WANE_NORM2 && op != WANE_VAR)
     return wane_fail(WANE_E_SHAPE, "reduce: no largest or smallest of nothing: %s", wane_shape_text(t));
@@ -115,7 +115,7 @@ int wane_cumsum(wane_stream *s, wane_handle *out, const wane_handle *x, int dim)
   wane_tensor *t = rc ? NULL : wane_use(s, x, "x");
   if (!t) return rc ? rc : WANE_E_STALE;
   if ((rc = wane_need_plain(t, "cumsum", "x"))) return rc;
-  if (dim < 0 || dim >= t->ndim) return wane_fail(WANE_E_ARG, "cumsum: dimension %d of %s does not exist (0-based)", dim, wane_shape_text(t));
+  if (dim < 0 || dim >= t->ndim) return wane_fail(WANE_E_ARG, "cumsum: %s has no dimension %d", wane_shape_text(t), dim + 1);
   wane_tensor *y = wane_make(s, out, wane_is_float(t->dtype) ? t->dtype : WANE_I64, t->ndim, t->shape);
   if (!y) return WANE_E_MEMORY;
   wane_tensor from = without(t, dim), to = without(y, dim);
