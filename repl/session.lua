@@ -4,6 +4,7 @@
 -- watches for ctrl-C, and uncompiled: LuaJIT's compiled loops never look at hooks, so a typed endless loop could not be stopped.
 -- What it calls in the library is compiled as ever.
 local ffi = require "ffi"
+local cli = require "wane.cli"
 local terminal = require "wane.terminal"
 local complete = require "wane.repl.complete"
 local editor = require "wane.repl.editor"
@@ -37,17 +38,7 @@ function M.finished(text)
   return chunk ~= nil or not message:find "'?<eof>'?$"
 end
 
--- ---------------------------------------------------------------- waiting and ctrl-C
-
--- After ctrl-C: what was cancelled is waited for, so that the next command meets a quiet stream.
-function Session:settle()
-  terminal.clear_interrupt()
-  local core = self.core
-  if not core then return end
-  local C, s = core.C, core.stream()
-  C.wane_scope_swap(s, nil)
-  while C.wane_stream_poll(s, C.wane_stream_tail(s)) == C.WANE_PENDING do C.wane_stream_wait(s, C.wane_stream_tail(s), 100000000) end
-end
+-- ---------------------------------------------------------------- waiting
 
 -- The waiter of typed code: blocks until fd is readable; ctrl-C cancels the job (streams were cancelled by the signal handler).
 function Session:waiter()
@@ -69,7 +60,6 @@ end
 
 -- A progress line for long jobs, on stderr where that is a terminal. Returns a function to call with the job now and then.
 local function job_progress(core)
-  local cli = require "wane.cli"
   local done, total = ffi.new "uint64_t[1]", ffi.new "uint64_t[1]"
   local started = core.C.wane_clock()
   local line
@@ -143,7 +133,7 @@ function Session:evaluate(text)
   local ok, results = self:call(chunk)
   local elapsed = clock() - started
   local stopped = terminal.interrupted()
-  if stopped then self:settle() end
+  if stopped then cli.settle() end
   if not ok then
     self:print_error(stopped and "interrupted" or results)
   elseif is_expression and results.n > 0 then
@@ -152,7 +142,7 @@ function Session:evaluate(text)
       local ok_show, problem = self:call(function()
         for i = 1, results.n do print(show.show(results[i])) end
       end)
-      if terminal.interrupted() then self:settle() end
+      if terminal.interrupted() then cli.settle() end
       if not ok_show then self:print_error(problem) end
     end
   end
@@ -238,8 +228,7 @@ function M.run(home)
   local found, core = pcall(require, "wane.core")
   if found then
     self.core = core
-    local address = function(pointer) return tonumber(ffi.cast("uintptr_t", pointer)) end
-    terminal.on_interrupt(address(core.C.wane_stream_cancel), address(core.stream()))
+    cli.watch_interrupts()
     local loaded, wane = pcall(require, "wane")
     if loaded then self.env.wane = wane else self:print_error(tostring(wane)) end
   else

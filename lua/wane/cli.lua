@@ -88,11 +88,7 @@ end
 -- @param body function called with the table of arguments
 function M.run(parser, body)
   local args = parser:parse(_G.arg)
-  if terminal then
-    local core = require "wane.core"
-    local address = function(pointer) return tonumber(ffi.cast("uintptr_t", pointer)) end
-    terminal.on_interrupt(address(core.C.wane_stream_cancel), address(core.stream()))
-  end
+  M.watch_interrupts()
   local function handler(message)
     if os.getenv "WANE_TRACE" == "1" then return debug.traceback(tostring(message), 2) end
     return plain(message)
@@ -113,6 +109,25 @@ end
 -- @return boolean
 function M.interrupted()
   return terminal ~= nil and terminal.interrupted()
+end
+
+--- After an error that ctrl-C caused and the command survives: waits for what was cancelled and forgets the ctrl-C.
+function M.settle()
+  if terminal then terminal.clear_interrupt() end
+  local core = package.loaded["wane.core"]
+  if type(core) ~= "table" then return end             -- the REPL runs without the library too
+  local C, s = core.C, core.stream()
+  C.wane_scope_swap(s, nil)
+  -- Polling takes the cancellation's report off the stream.
+  while C.wane_stream_poll(s, C.wane_stream_tail(s)) == C.WANE_PENDING do C.wane_stream_wait(s, C.wane_stream_tail(s), 100000000) end
+end
+
+--- Calls wane_stream_cancel on this state's stream when ctrl-C is pressed (inside bin/wane).
+function M.watch_interrupts()
+  if not terminal then return end
+  local core = require "wane.core"
+  local function address(pointer) return tonumber(ffi.cast("uintptr_t", pointer)) end
+  terminal.on_interrupt(address(core.C.wane_stream_cancel), address(core.stream()))
 end
 
 -- ---------------------------------------------------------------- values
