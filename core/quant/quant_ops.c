@@ -167,11 +167,15 @@ static int assemble(wane_stream *s, wane_handle *out, int dtype, int ndim, const
   return WANE_E_MEMORY;
 }
 
-/* A contiguous tensor for a part: large ones lie outside the stream's pool, in pages of their own. */
-static wane_tensor *make_part(wane_stream *s, wane_handle *out, int dtype, int64_t count) {
+/* A contiguous tensor for a part, a vector of `count` or of a given shape. Large ones lie outside the stream's pool, in pages of
+ * their own. */
+static wane_tensor *make_shaped(wane_stream *s, wane_handle *out, int dtype, int64_t count, int ndim, const int64_t *shape) {
   int64_t bytes = count * wane_size_of(dtype);
   wane_storage *st = wane_storage_new(s, bytes >= 1 << 20 ? WANE_STORAGE_PAGES : WANE_STORAGE_POOL, (size_t)bytes);
-  return st ? wane_make_over(s, out, dtype, 1, &count, st, st->data) : NULL;
+  return st ? wane_make_over(s, out, dtype, ndim, shape, st, st->data) : NULL;
+}
+static wane_tensor *make_part(wane_stream *s, wane_handle *out, int dtype, int64_t count) {
+  return make_shaped(s, out, dtype, count, 1, &count);
 }
 
 /* A new f32 part with the given values. Fresh heap memory: no op in flight can know it, so it is written here. */
@@ -286,7 +290,8 @@ int wane_quantize(wane_stream *s, wane_handle *out, const wane_handle *h, int dt
   if (dtype == WANE_INT8) block_size = 0;
   unsigned used = 1u << WANE_PART_CODES | 1u << WANE_PART_ABSMAX;
   int64_t bytes = wane_quant_code_bytes(dtype, rows * cols), nb = wane_quant_absmax_count(dtype, rows * cols, cols, block_size);
-  if (!(part[WANE_PART_CODES] = make_part(s, &hold[0], dtype == WANE_INT8 ? WANE_I8 : WANE_U8, bytes)) ||
+  int flat = wane_is_4bit(dtype); /* 8-bit codes have x's own shape */
+  if (!(part[WANE_PART_CODES] = make_shaped(s, &hold[0], dtype == WANE_INT8 ? WANE_I8 : WANE_U8, bytes, flat ? 1 : x->ndim, flat ? &bytes : x->shape)) ||
       !(part[WANE_PART_ABSMAX] = make_part(s, &hold[1], WANE_F32, nb))) status = WANE_E_MEMORY;
   if (!status && (dtype == WANE_BLOCK8 || dtype == WANE_BLOCK8U)) {
     used |= 1u << WANE_PART_CODE;

@@ -511,4 +511,6 @@ require "wane.tensor.print" (Tensor)
 function new.save(...) return require("wane.serialize").save(...) end
 function new.load_tensors(...) return require("wane.serialize").load(...) end
 
+require("wane.quant.parts").register(Tensor)
+
 return Tensor
