@@ -451,7 +451,8 @@ WANE_API int wane_load_take(wane_job *job, int64_t item, wane_stream *s, wane_ha
 /* A file written beside its destination and renamed over it when complete: whatever fails, the old file stays. */
 typedef struct wane_writer wane_writer;
 WANE_API int wane_writer_open(wane_writer **out, const char *path);
-WANE_API int wane_writer_append(wane_writer *w, const void *data, size_t bytes);
+/* Writes at a place of the file; places may come in any order. */
+WANE_API int wane_writer_write(wane_writer *w, uint64_t offset, const void *data, size_t bytes);
 /* Flushes to the disk and renames, on a job. The writer belongs to the job from here on, whether this succeeds or not. */
 WANE_API int wane_writer_finish(wane_writer *w, wane_job **out);
 /* Gives the writing up and removes the unfinished file. NULL is a no-op. */

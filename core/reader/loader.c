@@ -223,7 +223,7 @@ static void hand_over(wane_load *l, slot *s) {
     if (it->left == 0) end_item(l, it);
     return;
   }
-  wane_op *op = wane_op_new(l->stream, WANE_OP_NONE);
+  wane_op *op = wane_op_new(l->stream, WANE_OP_COPY);
   op->fn = wane_conversion_chunk;
   op->nchunks = wane_chunks(s->count, it->c.grain > OP_VALUES ? it->c.grain : OP_VALUES);
   op->p[0] = &it->c;
@@ -234,7 +234,7 @@ static void hand_over(wane_load *l, slot *s) {
   s->ticket = it->ticket = wane_stream_tail(l->stream);
   s->state = CONVERTING;
   if (it->left || !it->c.to.nested) return;
-  op = wane_op_new(l->stream, WANE_OP_NONE);
+  op = wane_op_new(l->stream, WANE_OP_QUANTIZE_NESTED);
   op->fn = wane_conversion_nest;
   op->p[0] = &it->c;
   wane_op_push(l->stream, op, NULL, NULL);

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-struct wane_writer { char *path, *temporary; int fd; uint64_t written; };
+struct wane_writer { char *path, *temporary; int fd; };
 
 void wane_writer_free(wane_writer *w) {
   if (!w) return;
@@ -50,13 +50,13 @@ int wane_writer_open(wane_writer **out, const char *path) {
   return WANE_OK;
 }
 
-int wane_writer_append(wane_writer *w, const void *data, size_t bytes) {
+int wane_writer_write(wane_writer *w, uint64_t offset, const void *data, size_t bytes) {
   const char *from = data;
   while (bytes) {
-    ssize_t n = write(w->fd, from, bytes);
+    ssize_t n = pwrite(w->fd, from, bytes, (off_t)offset);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return wane_fail_errno(WANE_E_IO, "cannot write '%s' after %llu bytes (the old file stays)", w->path, (unsigned long long)w->written);
-    from += n; bytes -= (size_t)n; w->written += (uint64_t)n;
+    if (n < 0) return wane_fail_errno(WANE_E_IO, "cannot write '%s' at byte %llu (the old file stays)", w->path, (unsigned long long)offset);
+    from += n; bytes -= (size_t)n; offset += (uint64_t)n;
   }
   return WANE_OK;
 }

@@ -1,0 +1,235 @@
+--- Checkpoints: what is in a model's files, under the names users know, whatever the files call it.
+--
+--     local ckpt = assert(wane.checkpoint.open "SmolLM2-135M-Instruct")       -- a folder or a .gguf file
+--     print(ckpt.config.hidden_size, #ckpt:names())
+--     local entry = ckpt:find "model.layers.0.mlp.up_proj.weight"             -- dtype, shape, quant
+--     local tensors = assert(wane.loader.load(ckpt, { { entry = entry, dtype = "f32" } }))
+-- @module wane.checkpoint
+local core = require "wane.core"
+local C = core.C
+local gguf = require "wane.checkpoint.gguf"
+local index = require "wane.checkpoint.index"
+local json = require "wane.checkpoint.json"
+local names = require "wane.checkpoint.names"
+local quantized = require "wane.checkpoint.quantized"
+
+local M = { names = names }
+
+---@class wane.Checkpoint
+---@field path string
+---@field format string "safetensors" or "gguf"
+---@field config table config.json's fields, nulls removed (made from the metadata for GGUF)
+---@field generation_config table|nil
+---@field quant table|nil the scheme that the files are quantized with: { type, block_size, double_quant, threshold, compute, skip }
+---@field index wane.Index
+local Checkpoint = {}
+Checkpoint.__index = Checkpoint
+
+-- ---------------------------------------------------------------- opening
+
+local function is_file(path) return C.wane_path_kind(path) == C.WANE_PATH_FILE end
+
+-- The weights of a folder, in the order in which transformers looks for them.
+local function weights_of(folder)
+  for _, name in ipairs { "model.safetensors", "model.safetensors.index.json" } do
+    if is_file(folder .. "/" .. name) then return folder .. "/" .. name end
+  end
+  for _, name in ipairs { "pytorch_model.bin", "pytorch_model.bin.index.json" } do
+    if is_file(folder .. "/" .. name) then
+      return nil, ("'%s' holds its weights in %s, which this version does not read: save them as safetensors"):format(folder, name), "WANE_E_UNSUPPORTED"
+    end
+  end
+  if is_file(folder .. "/adapter_config.json") then
+    return nil, ("'%s' holds an adapter, not a model: load its base model"):format(folder), "WANE_E_UNSUPPORTED"
+  end
+  return nil, ("'%s' has no model.safetensors and no model.safetensors.index.json"):format(folder), "WANE_E_NOTFOUND"
+end
+
+-- Does the file leave the base model's prefix out ("layers.0…" instead of "model.layers.0…")?
+local function is_bare(ix, model_type)
+  local prefix = names.prefix(model_type)
+  if not prefix then return false end
+  for i = 0, ix:count() - 1 do
+    local name = ix:name(i):gsub("^module%.", "")
+    if name:sub(1, #prefix + 1) == prefix .. "." then return false end
+  end
+  return true
+end
+
+local function open_folder(path)
+  local config, message, code = json.read(path .. "/config.json")
+  if not config then
+    if not is_file(path .. "/config.json") then
+      return nil, ("'%s' has no config.json: a model's folder has config.json and model.safetensors; a GGUF model is named by its .gguf file"):format(path),
+        "WANE_E_NOTFOUND"
+    end
+    return nil, message, code
+  end
+  local self = { path = path, folder = path, config = config, config_text = message }
+  self.quant, message = quantized.scheme(config)
+  if message then return nil, ("'%s': %s"):format(path, message), "WANE_E_UNSUPPORTED" end
+  if is_file(path .. "/generation_config.json") then
+    self.generation_config, message, code = json.read(path .. "/generation_config.json")
+    if not self.generation_config then return nil, message, code end
+  end
+  local weights
+  weights, message, code = weights_of(path)
+  if not weights then return nil, message, code end
+  self.index, message, code = index.open(weights)
+  if not self.index then return nil, message, code end
+  return self
+end
+
+--- Opens a checkpoint: a Hugging Face folder (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
+-- Reads headers only; waits as core.wait_job does.
+-- @param path string
+-- @return wane.Checkpoint|nil, string|nil message, string|nil code
+function M.open(path)
+  if type(path) ~= "string" then core.raise("checkpoint.open: a path was expected, found a %s", type(path)) end
+  local kind = C.wane_path_kind(path)
+  local self, message, code
+  if kind == C.WANE_PATH_FOLDER then
+    self, message, code = open_folder((path:gsub("(.)/+$", "%1")))
+    if not self then return nil, message, code end
+  else
+    local ix
+    ix, message, code = index.open(path)
+    if not ix then return nil, message, code end
+    self = { path = path, index = ix }
+    if ix:format() == "gguf" then
+      self.config, self.generation_config = gguf.config(ix)
+    else
+      local folder = path:match "^(.*)/[^/]*$" or "."
+      if not is_file(folder .. "/config.json") then
+        ix:close()
+        return nil, ("'%s' are weights without a config.json beside them: name the model's folder "
+          .. "(wane.checkpoint.read_safetensors reads tensors alone)"):format(path), "WANE_E_NOTFOUND"
+      end
+      ix:close()
+      return M.open(folder)
+    end
+  end
+  self.format = self.index:format()
+  self.model_type = self.config.model_type
+  self.bare = self.format == "safetensors" and is_bare(self.index, self.model_type)
+  return setmetatable(self, Checkpoint)
+end
+
+-- ---------------------------------------------------------------- asking
+
+-- The file's entry of a canonical name.
+local function file_entry(self, name)
+  if self.format == "gguf" then return self.index:find(names.to_gguf(self.config.gguf_architecture, name)) end
+  for _, spelling in ipairs(names.spellings(self.model_type, name)) do
+    local e = self.index:find(spelling)
+    if e then return e end
+  end
+end
+
+--- The entry of a tensor by its canonical name, or nil. Fields: name, file_name, dtype (of the values as stored: "f32", "q4_1"; the
+-- quantized type's name where it is quantized), file_dtype, shape (logical), bytes, quant (nil or { type, block_size, double_quant, … }),
+-- invalid (a message, where its parts do not fit together: loading it fails with that).
+-- @param name string
+-- @return table|nil
+function Checkpoint:find(name)
+  local e = file_entry(self, name)
+  if not e then return nil end
+  e.file_name, e.name = e.name, name
+  if self.format == "gguf" then
+    e.arrange, e.heads = gguf.arrangement(self.config, e.file_name)
+    return e
+  end
+  local q, message = quantized.recognise(self.index, e.file_name, e)
+  if q then
+    e.codes, e.quant, e.shape, e.dtype = e.shape, q, q.shape, q.type
+    for _, part in pairs(q.parts) do e.bytes = e.bytes + part.bytes end
+    if self.quant and self.quant.type == q.type then q.threshold, q.compute = self.quant.threshold, self.quant.compute
+    elseif q.type == "int8" then q.threshold = 6.0 end
+  end
+  e.invalid = message
+  return e
+end
+
+--- Canonical names of all tensors, in the order of the files. Parts of quantized weights and buffers that no model needs are left out.
+-- @return string[]
+function Checkpoint:names()
+  local list = {}
+  for i = 0, self.index:count() - 1 do
+    local name = self.index:name(i)
+    if not names.is_ignorable(name) and not (self.format == "safetensors" and self:is_part(name)) then
+      list[#list + 1] = self:canonical(name)
+    end
+  end
+  return list
+end
+
+--- Is this file name a part of a quantized weight (scales, maps) of this checkpoint?
+function Checkpoint:is_part(name)
+  if not quantized.is_part(name) then return false end
+  local stem = name:match "^(.*)%.weight%." or name:match "^(.*)%.[^.]+$"
+  return self.index:has(stem .. ".weight")
+end
+
+--- The canonical name of a file's spelling.
+function Checkpoint:canonical(name)
+  if self.format == "gguf" then return gguf.canonical(self.config, name) end
+  return names.canonical(self.model_type, name, self.bare)
+end
+
+--- What a model wants and the files lack, and the other way round.
+-- @param wanted string[] canonical names
+-- @return table { missing = string[], unexpected = string[] }
+function Checkpoint:report(wanted)
+  local known, missing, unexpected = {}, {}, {}
+  for _, name in ipairs(wanted) do
+    known[name] = true
+    if not file_entry(self, name) then missing[#missing + 1] = name end
+  end
+  for _, name in ipairs(self:names()) do if not known[name] then unexpected[#unexpected + 1] = name end end
+  return { missing = missing, unexpected = unexpected }
+end
+
+--- Lets the files go; tensors that were loaded stay.
+function Checkpoint:close() self.index:close() end
+
+-- ---------------------------------------------------------------- tensors alone
+
+--- The tensors of a safetensors file (or of a list of shards), mapped: reading them costs nothing until they are used.
+-- The file must not be truncated meanwhile; opts.io = "read" copies instead.
+-- @param path string
+-- @param opts table|nil { io = "mmap" | "read" }
+-- @return table|nil { name = Tensor }, table|string metadata or message, string|nil code
+function M.read_safetensors(path, opts)
+  local ix, message, code = index.open(path)
+  if not ix then return nil, message, code end
+  if ix:format() ~= "safetensors" then
+    ix:close()
+    return nil, ("'%s' is a GGUF file, safetensors was expected: wane.checkpoint.open reads it"):format(path), "WANE_E_FORMAT"
+  end
+  local requests, metadata, tensors = {}, {}, {}
+  for _, key in ipairs(ix:keys()) do metadata[key] = ix:meta(key) end
+  for i = 0, ix:count() - 1 do requests[#requests + 1] = { entry = ix:entry(i) } end
+  local list
+  list, message, code = require("wane.loader").load({ path = path, index = ix }, requests, opts)
+  ix:close()
+  if not list then return nil, message, code end
+  for i, request in ipairs(requests) do tensors[request.entry.name] = list[i] end
+  return tensors, metadata
+end
+
+--- Writes a safetensors file: whole or not at all (a temporary file is renamed; a full disk leaves the old file).
+-- @param path string
+-- @param tensors table { name = Tensor }, plain dtypes
+-- @param metadata table|nil { string = string }
+-- @return true|nil, string|nil message, string|nil code
+function M.write_safetensors(path, tensors, metadata)
+  return require("wane.checkpoint.writer").write(path, tensors, metadata)
+end
+
+--- Writes a quantized copy of a checkpoint as a folder in bitsandbytes' own layout; see wane.checkpoint.folder.
+-- @return true|nil, string|nil message, string|nil code
+function M.write_quantized(dir, opts)
+  return require("wane.checkpoint.folder").write_quantized(dir, opts)
+end
+
+return M

@@ -1,0 +1,117 @@
+--- Names of tensors. The canonical ones are transformers 4's ("model.layers.0.mlp.up_proj.weight", "embed_out.weight"); what files
+-- call them instead is resolved here: no prefix, transformers 5's `lm_head` for GPT-NeoX, a wrapper's `module.`, GGUF's `blk.0.`.
+-- @module wane.checkpoint.names
+local M = {}
+
+-- What the base model and the output head are called, by model_type. `heads`: other spellings of the head.
+local families = {
+  llama = { prefix = "model", head = "lm_head", heads = {} },
+  gpt_neox = { prefix = "gpt_neox", head = "embed_out", heads = { "lm_head" } },
+}
+
+--- Tells how a family's tensors are called. Families without an entry are read under their files' own names.
+-- @param model_type string
+-- @param rules table { prefix = "model", head = "lm_head", heads = { "embed_out" } }
+function M.register(model_type, rules)
+  families[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or {} }
+end
+
+-- Buffers that older checkpoints carry and that models make themselves.
+local ignorable = { "%.rotary_emb%.inv_freq$", "%.attention%.bias$", "%.attn%.bias$", "%.masked_bias$", "^rope_freqs%.weight$" }
+
+--- Is this a buffer that no model needs?
+function M.is_ignorable(name)
+  name = "." .. name
+  for _, pattern in ipairs(ignorable) do
+    if name:find(pattern) or name:sub(2):find(pattern) then return true end
+  end
+  return false
+end
+
+-- ---------------------------------------------------------------- GGUF
+
+-- Source: llama.cpp gguf-py/gguf/tensor_mapping.py. "%d" stands for the layer.
+local gguf = {
+  llama = {
+    token_embd = "model.embed_tokens", output_norm = "model.norm", output = "lm_head",
+    attn_norm = "model.layers.%d.input_layernorm", ffn_norm = "model.layers.%d.post_attention_layernorm",
+    attn_q = "model.layers.%d.self_attn.q_proj", attn_k = "model.layers.%d.self_attn.k_proj", attn_v = "model.layers.%d.self_attn.v_proj",
+    attn_output = "model.layers.%d.self_attn.o_proj", ffn_gate = "model.layers.%d.mlp.gate_proj", ffn_up = "model.layers.%d.mlp.up_proj",
+    ffn_down = "model.layers.%d.mlp.down_proj",
+  },
+  gptneox = {
+    token_embd = "gpt_neox.embed_in", output_norm = "gpt_neox.final_layer_norm", output = "embed_out",
+    attn_norm = "gpt_neox.layers.%d.input_layernorm", ffn_norm = "gpt_neox.layers.%d.post_attention_layernorm",
+    attn_qkv = "gpt_neox.layers.%d.attention.query_key_value", attn_output = "gpt_neox.layers.%d.attention.dense",
+    ffn_up = "gpt_neox.layers.%d.mlp.dense_h_to_4h", ffn_down = "gpt_neox.layers.%d.mlp.dense_4h_to_h",
+  },
+}
+local from_hf = {}
+for arch, map in pairs(gguf) do
+  from_hf[arch] = {}
+  for short, long in pairs(map) do from_hf[arch][long] = short end
+end
+
+--- GGUF's name of a canonical one, or the name itself where the architecture is not known.
+-- @param arch string general.architecture
+function M.to_gguf(arch, name)
+  local stem, suffix = name:match "^(.*)%.(%a+)$"
+  if not stem or not from_hf[arch] then return name end
+  local short = from_hf[arch][stem]
+  if short then return short .. "." .. suffix end
+  local before, layer, after = stem:match "^(.-%.)(%d+)(%..*)$"
+  short = before and from_hf[arch][before .. "%d" .. after]
+  return short and ("blk.%s.%s.%s"):format(layer, short, suffix) or name
+end
+
+--- The canonical name of GGUF's, or the name itself.
+function M.from_gguf(arch, name)
+  local map = gguf[arch]
+  if not map then return name end
+  local layer, short, suffix = name:match "^blk%.(%d+)%.([%w_]+)%.(%a+)$"
+  if layer then return map[short] and map[short]:format(layer) .. "." .. suffix or name end
+  short, suffix = name:match "^([%w_]+)%.(%a+)$"
+  return short and map[short] and map[short] .. "." .. suffix or name
+end
+
+--- Does wane know how this architecture's tensors are called and arranged?
+function M.knows_gguf(arch) return gguf[arch] ~= nil end
+
+-- ---------------------------------------------------------------- files of transformers
+
+--- Spellings under which a file may hold a canonical name, the likeliest first.
+-- @param model_type string
+-- @return string[]
+function M.spellings(model_type, name)
+  local list, family = { name }, families[model_type]
+  if family then
+    local head = family.head .. "."
+    if name:sub(1, #head) == head then
+      for _, other in ipairs(family.heads) do list[#list + 1] = other .. "." .. name:sub(#head + 1) end
+    end
+    local prefix = family.prefix .. "."
+    if name:sub(1, #prefix) == prefix then list[#list + 1] = name:sub(#prefix + 1) end
+  end
+  for i = 1, #list do list[#list + 1] = "module." .. list[i] end
+  return list
+end
+
+--- The canonical name of a file's spelling.
+-- @param model_type string
+-- @param name string
+-- @param bare boolean the file leaves the base model's prefix out
+function M.canonical(model_type, name, bare)
+  name = name:gsub("^module%.", "")
+  local family = families[model_type]
+  if not family then return name end
+  local first, rest = name:match "^([^.]+)%.(.*)$"
+  if not first then return name end
+  if first == family.head or first == family.prefix then return name end
+  for _, other in ipairs(family.heads) do if first == other then return family.head .. "." .. rest end end
+  return bare and family.prefix .. "." .. name or name
+end
+
+--- The base model's prefix of a family, or nil.
+function M.prefix(model_type) return families[model_type] and families[model_type].prefix end
+
+return M
