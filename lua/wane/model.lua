@@ -98,6 +98,21 @@ function Model:linears()
   return list
 end
 
+--- The root's line in the tree: family, size, how it is held.
+function Model:describe()
+  local n, seen = 0, {}
+  for _, m in self:modules() do
+    for _, p in ipairs(m:own_parameters()) do
+      local count = p.value and not seen[p.value] and 1 or 0
+      if p.value then seen[p.value] = true end
+      for _, size in ipairs(p.shape) do count = count * size end
+      n = n + count
+    end
+  end
+  return ("%s: %.1f M parameters, %.1f MB%s"):format((self.config.architectures or {})[1] or self.family.name, n / 1e6, self:memory_footprint() / 1e6,
+    self.compute and ", compute " .. self.compute or "")
+end
+
 --- Sets how products are computed: "f32", "bf16", "f16" or "fast"; see wane_linear.
 function Model:set_compute(name)
   local code = module.compute_code(name)
