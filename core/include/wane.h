@@ -462,7 +462,103 @@ WANE_API int wane_path_kind(const char *path);
 /* Makes a directory and its parents; no error if it is there. */
 WANE_API int wane_path_make(const char *path);
 
-/* ================================================================ 12. Text (core/text) */
+/* ================================================================ 12. Text (core/text)
+ *
+ * A tokenizer is opened by a job, which reads the large tables (tokens, merges, added tokens) of a tokenizer.json or of a GGUF file's
+ * metadata. The small settings that are left are given to Lua as JSON text; Lua validates them and describes what they say: the
+ * model's flags and the steps of three stages. wane_tokenizer_ready ends this; from then on the tokenizer is read-only and any
+ * number of threads may use it at once. Semantics: Hugging Face's tokenizers. Texts are UTF-8; invalid parts count as U+FFFD. */
+typedef struct wane_tokenizer wane_tokenizer;
+typedef struct wane_encoding wane_encoding;
+
+/* Starts reading the tokenizer at `path` (the kind is told from the content) and, if `config_path` is not NULL, the
+ * tokenizer_config.json there, whose added_tokens_decoder counts as well. */
+WANE_API int wane_tokenizer_open(wane_job **out, const char *path, const char *config_path);
+/* The tokenizer that a finished job made, once; the caller owns it. WANE_PENDING while the job runs, the job's status if it failed. */
+WANE_API int wane_tokenizer_take(wane_job *job, wane_tokenizer **out);
+/* Drops the caller's reference; encodings in flight keep what they need. NULL is a no-op. */
+WANE_API void wane_tokenizer_free(wane_tokenizer *t);
+/* The small settings as JSON, NUL-terminated, owned by t; "" where there are none. which 0: tokenizer.json with its large members
+ * (model.vocab, model.merges, added_tokens) replaced by null, or the keys "tokenizer.…" of a GGUF file as one object; 1:
+ * tokenizer_config.json without added_tokens_decoder. */
+WANE_API const char *wane_tokenizer_config(const wane_tokenizer *t, int which);
+enum { WANE_VOCAB_JSON = 1, WANE_VOCAB_GGUF = 2 };
+typedef struct wane_vocab_info {
+  int32_t source;            /* WANE_VOCAB_… */
+  int32_t ready;
+  int64_t size;              /* highest id + 1, added tokens included */
+  int64_t tokens;            /* number of tokens */
+  int64_t added;             /* of these, added tokens */
+  int64_t merges;
+  int32_t has_scores;        /* merged in the order of scores (SentencePiece), not of a list of merges */
+  int32_t reserved;
+} wane_vocab_info;
+WANE_API void wane_vocab_info_read(const wane_tokenizer *t, wane_vocab_info *out);
+
+/* ---- describing (before wane_tokenizer_ready, one thread) ---- */
+enum {
+  WANE_MODEL_BYTE_FALLBACK = 1,   /* characters without a token become tokens <0xHH> */
+  WANE_MODEL_FUSE_UNK = 2,        /* a run of unknown characters is one unknown token */
+  WANE_MODEL_IGNORE_MERGES = 4,   /* a piece that is a token is that token, whatever the merges say */
+  WANE_MODEL_USE_SCORES = 8       /* merge in the order of scores; WANE_E_NOTFOUND without scores */
+};
+/* unk_id: -1 for none (unknown characters vanish). */
+WANE_API int wane_tokenizer_model(wane_tokenizer *t, int flags, int32_t unk_id);
+enum {
+  WANE_TOKEN_SINGLE_WORD = 1, WANE_TOKEN_LSTRIP = 2, WANE_TOKEN_RSTRIP = 4, WANE_TOKEN_NORMALIZED = 8, WANE_TOKEN_SPECIAL = 16,
+  WANE_TOKEN_ADDED = 32
+};
+/* Adds a token, or changes the flags of one that is there. Its id: the one it has, else the next free one. */
+WANE_API int wane_tokenizer_add(wane_tokenizer *t, const char *text, size_t bytes, int flags);
+enum { WANE_STAGE_NORMALIZE = 0, WANE_STAGE_SPLIT = 1, WANE_STAGE_DECODE = 2 };
+enum {
+  WANE_STEP_NFC = 0, WANE_STEP_NFD, WANE_STEP_NFKC, WANE_STEP_NFKD, WANE_STEP_LOWERCASE,
+  WANE_STEP_STRIP,            /* White_Space at the ends: WANE_STRIP_LEFT | WANE_STRIP_RIGHT */
+  WANE_STEP_STRIP_ACCENTS,    /* removes category M */
+  WANE_STEP_REPLACE,          /* every match of `pattern` by `content`; every stage */
+  WANE_STEP_PREFIX,           /* `content` in front of every piece: WANE_PREFIX_… */
+  WANE_STEP_BYTES,            /* bytes to GPT-2's printable characters; decoding: back */
+  WANE_STEP_SPLIT,            /* cuts at the matches of `pattern`: WANE_SPLIT_… */
+  WANE_STEP_METASPACE,        /* decoding: `content` (a character) becomes a space, and nothing in the first token unless WANE_METASPACE_KEEP_FIRST */
+  WANE_STEP_BYTE_FALLBACK,    /* decoding: runs of <0xHH> become their bytes, or a U+FFFD each when these are no UTF-8 */
+  WANE_STEP_FUSE,             /* decoding: all tokens become one */
+  WANE_STEP_TRIM,             /* decoding: up to `flags & 0xffff` characters `content` off the start, `flags >> 16` off the end of each token */
+  WANE_STEP_END
+};
+enum {
+  WANE_STRIP_LEFT = 1, WANE_STRIP_RIGHT = 2,
+  WANE_PREFIX_UNLESS_THERE = 1, WANE_PREFIX_AT_START = 2 /* only where the piece begins the input */,
+  WANE_SPLIT_ISOLATED = 0, WANE_SPLIT_REMOVED = 1, WANE_SPLIT_MERGED_WITH_PREVIOUS = 2, WANE_SPLIT_MERGED_WITH_NEXT = 3, WANE_SPLIT_CONTIGUOUS = 4,
+  WANE_SPLIT_INVERT = 256, WANE_METASPACE_KEEP_FIRST = 1,
+  WANE_STEP_REGEX = 65536     /* SPLIT, REPLACE: the pattern is a PCRE2 pattern (UTF, UCP, MULTILINE), not a plain string */
+};
+/* Appends a step to a stage. WANE_E_FORMAT for a pattern that does not compile, WANE_E_ARG for a step that the stage does not have. */
+WANE_API int wane_tokenizer_step(wane_tokenizer *t, int stage, int kind, const char *pattern, size_t pattern_bytes,
+                                 const char *content, size_t content_bytes, int64_t flags);
+/* Ends the description. */
+WANE_API int wane_tokenizer_ready(wane_tokenizer *t);
+
+/* ---- using (any number of threads) ---- */
+/* Id of a token by its exact text, added tokens included; -1 if there is none (no error is set). */
+WANE_API int32_t wane_tokenizer_find(const wane_tokenizer *t, const char *text, size_t bytes);
+/* Text and flags (WANE_TOKEN_…) of a token; `text` is owned by t and not NUL-terminated. WANE_E_NOTFOUND if the id has no token. */
+WANE_API int wane_tokenizer_token(const wane_tokenizer *t, int64_t id, const char **text, size_t *bytes, int *flags);
+/* The token ids of a text, without what a template puts around it. About 10 MB/s; blocks. */
+WANE_API int wane_tokenizer_encode(const wane_tokenizer *t, wane_encoding **out, const char *text, size_t bytes);
+/* The same on a job's thread, for long texts. The text is copied. */
+WANE_API int wane_tokenizer_encode_start(wane_tokenizer *t, wane_job **out, const char *text, size_t bytes);
+/* The result of a finished encode job, once; the caller owns it. */
+WANE_API int wane_encoding_take(wane_job *job, wane_encoding **out);
+WANE_API int64_t wane_encoding_count(const wane_encoding *e);
+/* Owned by the encoding. */
+WANE_API const int32_t *wane_encoding_ids(const wane_encoding *e);
+/* The text that token i matched, as upstream's `tokens` shows it: the token's own, and for an added token with the space that it
+ * swallowed. Not NUL-terminated, owned by e or t. WANE_E_ARG outside 0 .. count - 1. */
+WANE_API int wane_encoding_token(const wane_encoding *e, const wane_tokenizer *t, int64_t i, const char **text, size_t *bytes);
+WANE_API void wane_encoding_free(wane_encoding *e);
+/* The text of ids. Ids without a token are left out, as upstream does; skip_special: special ones too. Writes at most `size` bytes
+ * to `out` (no NUL) and sets *bytes to the length of the whole text: when it is larger than size, call again with more room. */
+WANE_API int wane_tokenizer_decode(const wane_tokenizer *t, const int32_t *ids, int64_t count, int skip_special, char *out, size_t size, size_t *bytes);
 
 #ifdef __cplusplus
 } /* c++ */
