@@ -1,4 +1,5 @@
 /* avx2_registry.c: puts every room's AVX2 kernels into the op table. A room adds its line here. */
+#include "../linear/linear.h"
 #include "../linear/linear8.h"
 #include "../ops/ops.h"
 #include "../ops/probe.h"
@@ -12,5 +13,6 @@ void wane_register_avx2(wane_backend *b) {
   wane_random_register_avx2(b);
   wane_matmul_register_avx2(b);
   wane_quant_register_avx2(b);
+  wane_linear_register_avx2(b);
   wane_linear8_register_avx2(b);
 }
