@@ -1,0 +1,196 @@
+--- wane inspect: what a model's files hold, from their headers; with --check, whether its values are finite.
+local cli = require "wane.cli"
+
+local parser = cli.parser("inspect", "Shows what a model's files hold: family, tensors, dtypes, bytes, quantization.")
+parser:argument("path", "A Hugging Face folder or a .gguf file."):args "?"
+parser:option("--model", "The same as the argument.")
+parser:flag("--check", "Read every value and report NaN and infinity.")
+parser:flag("--tensors", "A line for every tensor instead of one for equal layers.")
+parser:flag("--plan", "Not part of this version yet.")
+parser:option("--quant", "Not part of this version yet: see --plan.")
+parser:option("--max-memory", "Not part of this version yet: see --plan."):count "*"
+
+-- ---------------------------------------------------------------- gathering
+
+local function numel(shape)
+  local n = 1
+  for _, size in ipairs(shape) do n = n * size end
+  return n
+end
+
+local function describe(q)
+  if not q then return nil end
+  local text = q.type
+  if q.block_size then text = text .. (", blocks of %d"):format(q.block_size) end
+  if q.double_quant then text = text .. ", double" end
+  return text
+end
+
+-- One row a tensor: name, dtype, shape, bytes, quant, entry.
+local function gather(ckpt)
+  local rows = {}
+  for _, name in ipairs(ckpt:names()) do
+    local e = ckpt:find(name)
+    rows[#rows + 1] = { name = name, dtype = e.dtype or e.file_dtype, shape = e.shape, bytes = e.bytes, quant = describe(e.quant), entry = e,
+                        invalid = e.invalid }
+  end
+  return rows
+end
+
+-- What the family's model wants and the files lack, and the other way round; nil where the family is not known.
+local function compare(ckpt)
+  local tree = require("wane.models").build(ckpt.config)
+  if not tree then return nil end
+  local wanted, tied = {}, tree.config.tie_word_embeddings ~= false
+  for path, module in tree:modules() do
+    for _, p in ipairs(module:own_parameters()) do
+      if not (tied and path == tree.family.head) then wanted[#wanted + 1] = path .. "." .. p.name end
+    end
+  end
+  local report = ckpt:report(wanted)
+  for i = #report.unexpected, 1, -1 do           -- a head that is there although it is tied
+    if tied and report.unexpected[i] == tree.family.head .. ".weight" then table.remove(report.unexpected, i) end
+  end
+  return report
+end
+
+-- ---------------------------------------------------------------- --check
+
+-- Number of NaNs and infinities of an entry; nil and a message where it cannot be read.
+local function count_bad(ckpt, entry)
+  local core, ffi = require "wane.core", require "ffi"
+  local C = core.C
+  local Tensor = require "wane.tensor"
+  local list, message = require("wane.loader").load(ckpt, { { entry = entry, dtype = "f32" } }, { io = "read" })
+  if not list then return nil, message end
+  local n = numel(entry.shape)
+  local function total(op)
+    local flags, sum = core.handle_type(), core.handle_type()
+    core.check(C.wane_unary(core.stream(), flags, list[1].h, op))
+    core.check(C.wane_reduce(core.stream(), sum, flags, C.WANE_SUM, -1, 0))
+    flags, sum = Tensor.wrap(flags), Tensor.wrap(sum)
+    local info, value = core.info_type(), ffi.new "int64_t[1]"
+    core.check(core.wait())
+    core.check(C.wane_tensor_info(sum.h, info))
+    core.check(C.wane_tensor_read(core.stream(), sum.h, value, info.nbytes))
+    flags:close()
+    sum:close()
+    return tonumber(value[0])
+  end
+  local nan, infinite = 0, 0
+  if n > 0 then
+    infinite = n - total(C.WANE_ISFINITE)
+    if infinite > 0 then
+      nan = total(C.WANE_ISNAN)
+      infinite = infinite - nan
+    end
+  end
+  list[1]:close()
+  return nan, infinite
+end
+
+local floats = { f32 = true, f16 = true, bf16 = true }
+
+local function check_values(ckpt, rows)
+  local progress, done = cli.progress("checking", "tensors"), 0
+  local problems = {}
+  for _, row in ipairs(rows) do
+    local e = row.entry
+    if not row.invalid and (e.quant or floats[e.dtype] or (e.dtype and e.dtype:find "^q%d")) then
+      local nan, infinite = count_bad(ckpt, e)
+      if nan == nil then problems[#problems + 1] = { name = row.name, error = infinite }
+      elseif nan + infinite > 0 then problems[#problems + 1] = { name = row.name, nan = nan, inf = infinite } end
+    end
+    done = done + 1
+    progress:update(done, #rows)
+  end
+  progress:finish()
+  return problems
+end
+
+-- ---------------------------------------------------------------- printing
+
+local function shape_text(shape) return "[" .. table.concat(shape, ", ") .. "]" end
+
+-- Rows whose names differ in one layer number and that are alike otherwise become one row, "model.layers.(0-29).mlp.up_proj.weight".
+local function folded(rows)
+  local groups, by_key = {}, {}
+  for _, row in ipairs(rows) do
+    local before, layer, after = row.name:match "^(.-%.)(%d+)(%..*)$"
+    local key = before and table.concat({ before, after, row.dtype, shape_text(row.shape), row.quant or "" }, "|")
+    local g = key and by_key[key]
+    if g then
+      g.count, g.bytes = g.count + 1, g.bytes + row.bytes
+      g.layers[#g.layers + 1] = tonumber(layer)
+    else
+      g = { name = row.name, before = before, after = after, layers = { tonumber(layer) }, dtype = row.dtype, shape = row.shape, bytes = row.bytes,
+            quant = row.quant, count = 1 }
+      groups[#groups + 1] = g
+      if key then by_key[key] = g end
+    end
+  end
+  for _, g in ipairs(groups) do
+    if g.count > 1 then
+      table.sort(g.layers)
+      local first, last = g.layers[1], g.layers[#g.layers]
+      local which = last - first + 1 == g.count and ("%d-%d"):format(first, last) or ("%d of %d-%d"):format(g.count, first, last)
+      g.name = ("%s(%s)%s"):format(g.before, which, g.after)
+    end
+  end
+  return groups
+end
+
+local function print_table(rows, all)
+  local out = { { "tensor", "dtype", "shape", "bytes", "quantization" } }
+  for _, r in ipairs(all and rows or folded(rows)) do
+    out[#out + 1] = { r.name, r.dtype, shape_text(r.shape), cli.bytes(r.bytes), r.quant or "" }
+  end
+  print(cli.columns(out))
+end
+
+local function print_list(title, names)
+  if #names == 0 then return end
+  print(("%s (%d): %s%s"):format(title, #names, table.concat(names, ", ", 1, math.min(#names, 8)), #names > 8 and ", ..." or ""))
+end
+
+cli.run(parser, function(args)
+  if args.plan or args.quant or #args.max_memory > 0 then cli.later("--plan", "memory of a model from its config alone") end
+  local path = args.path or args.model
+  if not path then cli.usage "a path is missing: a folder or a .gguf file" end
+  local ckpt = cli.check(require("wane.checkpoint").open(path))
+  local rows = gather(ckpt)
+  local parameters, bytes, by_dtype, invalid = 0, 0, {}, {}
+  for _, row in ipairs(rows) do
+    parameters, bytes = parameters + numel(row.shape), bytes + row.bytes
+    by_dtype[row.dtype] = (by_dtype[row.dtype] or 0) + row.bytes
+    if row.invalid then invalid[#invalid + 1] = row.name .. ": " .. row.invalid end
+  end
+  local report = compare(ckpt)
+  local problems = args.check and check_values(ckpt, rows) or nil
+  local quant = ckpt.quant
+  for _, row in ipairs(rows) do if not quant and row.entry.quant then quant = row.entry.quant end end
+  if args.json then
+    local tensors = {}
+    for i, row in ipairs(rows) do
+      tensors[i] = { name = row.name, file_name = row.entry.file_name, dtype = row.dtype, shape = row.shape, bytes = row.bytes, quant = row.quant }
+    end
+    cli.json { path = path, format = ckpt.format, model_type = ckpt.model_type, architectures = ckpt.config.architectures, files = ckpt.index:files(),
+               parameters = parameters, bytes = bytes, bytes_by_dtype = by_dtype, quantization = describe(quant), tensors = tensors, invalid = invalid,
+               missing = report and report.missing, unexpected = report and report.unexpected, known_family = report ~= nil, not_finite = problems }
+    return
+  end
+  print(("%s: %s%s"):format(path, ckpt.format, #ckpt.index:files() > 1 and (", %d files"):format(#ckpt.index:files()) or ""))
+  print(("family      %s%s"):format(tostring(ckpt.model_type), report and "" or " (no family of that name: wane cannot run it)"))
+  print(("parameters  %.4g million in %d tensors, %s"):format(parameters / 1e6, #rows, cli.bytes(bytes)))
+  if quant then print("quantized   " .. describe(quant)) end
+  print_table(rows, args.tensors)
+  if report then
+    print_list("missing", report.missing)
+    print_list("not used", report.unexpected)
+  end
+  for _, message in ipairs(invalid) do print("broken: " .. message) end
+  for _, p in ipairs(problems or {}) do
+    print(p.error and ("not checked: %s (%s)"):format(p.name, p.error) or ("not finite: %s has %d NaN and %d infinite values"):format(p.name, p.nan, p.inf))
+  end
+  if problems and #problems == 0 then print("all values are finite") end
+end)
