@@ -34,8 +34,11 @@ end
 -- @return boolean
 function M.finished(text)
   if text:find "^%s*%?" then return true end
-  local chunk, message = compile(text)
-  return chunk ~= nil or not message:find "'?<eof>'?$"
+  local expression, as_expression = loadstring("return " .. text, "=input")
+  if expression then return true end
+  local chunk, as_statement = loadstring(text, "=input")
+  local eof = "'?<eof>'?$"
+  return chunk ~= nil or not (as_expression:find(eof) or as_statement:find(eof))
 end
 
 -- ---------------------------------------------------------------- waiting

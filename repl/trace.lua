@@ -33,11 +33,9 @@ function M.handler(message)
     local info = debug.getinfo(level, "Sln")
     if not info or #lines > 12 then break end
     if info.what ~= "C" and info.currentline > 0 and not ours(info.source) then
-      local line = ("%s:%d:%s"):format(info.short_src, info.currentline, where(info))
+      local place = ("%s:%d"):format(info.short_src, info.currentline)
       -- The message often begins with the place itself: saying it twice helps nobody.
-      if not (#lines == 1 and where(info) == "" and message:find(("%s:%d:"):format(info.short_src, info.currentline), 1, true)) then
-        lines[#lines + 1] = "  at " .. line:gsub(":$", "")
-      end
+      if not (#lines == 1 and where(info) == "" and message:find(place .. ":", 1, true)) then lines[#lines + 1] = "  at " .. place .. where(info) end
     end
     level = level + 1
   end
