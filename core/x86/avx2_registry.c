@@ -2,12 +2,14 @@
 #include "../linear/linear.h"
 #include "../linear/linear8.h"
 #include "../ops/ops.h"
+#include "../ops/nn.h"
 #include "../ops/probe.h"
 #include "../quant/kernels.h"
 #include "../tensor/tensor.h"
 
 void wane_register_avx2(wane_backend *b) {
   wane_probe_register_avx2(b);
+  wane_nn_register_avx2(b);
   wane_elementwise_register_avx2(b);
   wane_reduce_register_avx2(b);
   wane_random_register_avx2(b);

@@ -77,6 +77,27 @@ VEC float vf_hmax(vf v) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+/* Transposes a VW x VW block in place: r[i][k] <-> r[k][i]. */
+VEC void vec_transpose(vf r[VW]) {
+  vf a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) for (int k = 0; k < 2; k++) {
+    __m512d lo = _mm512_castps_pd(a[i + k]), hi = _mm512_castps_pd(a[i + k + 2]);
+    b[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+    b[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+  }
+  for (int k = 0; k < 4; k++) {                      /* b[4i + k]: rows 4i..4i+3 of columns k, k+4, k+8, k+12, one a 128-bit lane */
+    vf even = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), odd = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
+    vf even2 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88), odd2 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
+    r[k] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    r[8 + k] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    r[4 + k] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    r[12 + k] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
 
 #elif defined(WANE_VEC) && WANE_VEC == 256
 /* ================================================================ AVX2, FMA, F16C */
@@ -142,6 +163,63 @@ VEC float vf_hmax(vf v) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+VEC void vec_transpose(vf r[VW]) {
+  vf a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) for (int k = 0; k < 2; k++) {
+    b[i + 2 * k] = _mm256_shuffle_ps(a[i + k], a[i + k + 2], 0x44);
+    b[i + 2 * k + 1] = _mm256_shuffle_ps(a[i + k], a[i + k + 2], 0xee);
+  }
+  for (int k = 0; k < 4; k++) {
+    r[k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x20);
+    r[4 + k] = _mm256_permute2f128_ps(b[k], b[4 + k], 0x31);
+  }
+}
+#define VEC_LOAD_TRANSPOSED
+/* r[k] = value k of each of VW rows, `stride` bytes apart. Rows i and i + 4 share a register from the load on, which saves the
+ * transposition its last third; bf16 is transposed as 16-bit words and widened by the last interleaving with zeros. */
+VEC void vec_load_transposed(vf r[VW], const char *p, int64_t stride, int dtype) {
+  if (dtype == WANE_F32) {
+    for (int half = 0; half < 2; half++) {
+      vf a[4], b[4];
+      for (int i = 0; i < 4; i++) {
+        const float *lo = (const float *)(p + i * stride) + 4 * half, *hi = (const float *)(p + (i + 4) * stride) + 4 * half;
+        a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(lo)), _mm_loadu_ps(hi), 1);
+      }
+      for (int i = 0; i < 4; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int k = 0; k < 2; k++) {
+        r[4 * half + 2 * k] = _mm256_shuffle_ps(b[k], b[k + 2], 0x44);
+        r[4 * half + 2 * k + 1] = _mm256_shuffle_ps(b[k], b[k + 2], 0xee);
+      }
+    }
+  } else if (dtype == WANE_BF16) {
+    __m256i a[4], b[4], zero = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      __m128i lo = _mm_loadu_si128((const __m128i *)(p + i * stride)), hi = _mm_loadu_si128((const __m128i *)(p + (i + 4) * stride));
+      a[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(lo), hi, 1);
+    }
+    for (int i = 0; i < 4; i += 2) {
+      b[i] = _mm256_unpacklo_epi16(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_epi16(a[i], a[i + 1]);
+    }
+    for (int k = 0; k < 2; k++) {                    /* b[k], b[k + 2]: values 4k .. 4k+3 of rows 0 1 and 2 3 */
+      __m256i two[2] = { _mm256_unpacklo_epi32(b[k], b[k + 2]), _mm256_unpackhi_epi32(b[k], b[k + 2]) };
+      for (int i = 0; i < 2; i++) {
+        r[4 * k + 2 * i] = vf_bits(_mm256_unpacklo_epi16(zero, two[i]));
+        r[4 * k + 2 * i + 1] = vf_bits(_mm256_unpackhi_epi16(zero, two[i]));
+      }
+    }
+  } else {
+    for (int i = 0; i < VW; i++) r[i] = vf_from_f16(p + i * stride);
+    vec_transpose(r);
+  }
+}
 
 #else
 /* ================================================================ portable */
@@ -196,6 +274,9 @@ VEC float vf_hmax(vf v) {
   float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
 }
+VEC void vec_transpose(vf r[VW]) {
+  for (int i = 0; i < VW; i++) for (int k = 0; k < i; k++) { float x = r[i][k]; r[i][k] = r[k][i]; r[k][i] = x; }
+}
 #endif
 
 /* ================================================================ built on the above */
@@ -234,6 +315,13 @@ VEC void vf_put_n(void *p, int dtype, int64_t i, vf v, int n) {
   vf_put(h, dtype, 0, v);
   memcpy((char *)p + i * 2, h, (size_t)n * 2);
 }
+#ifndef VEC_LOAD_TRANSPOSED
+/* r[k] = value k of each of VW rows, `stride` bytes apart. */
+VEC void vec_load_transposed(vf r[VW], const char *p, int64_t stride, int dtype) {
+  for (int i = 0; i < VW; i++) r[i] = vf_get(p + i * stride, dtype, 0);
+  vec_transpose(r);
+}
+#endif
 /* Lanes left at i of n: min(VW, n - i). */
 VEC int vec_left(int64_t i, int64_t n) { return n - i < VW ? (int)(n - i) : VW; }
 #endif

@@ -1,0 +1,24 @@
+/* nn_kernels.h: all kernels of the neural network ops for the vectors of the including file, and their registration. */
+#include "nn_attention_kernels.h"
+#include "nn_choose_kernels.h"
+#include "nn_place_kernels.h"
+#include "nn_row_kernels.h"
+
+/* Puts this instruction set's kernels into the table. */
+static void nn_kernels_register(wane_backend *b) {
+  b->ops[WANE_OP_RMS_NORM] = VEC_NAME(wane_nn_rms_norm);
+  b->ops[WANE_OP_LAYER_NORM] = VEC_NAME(wane_nn_layer_norm);
+  b->ops[WANE_OP_RMS_NORM_BACKWARD] = VEC_NAME(wane_nn_norm_backward);
+  b->ops[WANE_OP_LAYER_NORM_BACKWARD] = VEC_NAME(wane_nn_norm_backward);
+  b->ops[WANE_OP_ROPE] = VEC_NAME(wane_nn_rope);
+  b->ops[WANE_OP_KV_APPEND] = VEC_NAME(wane_nn_kv_append);
+  b->ops[WANE_OP_ATTENTION] = VEC_NAME(wane_nn_attention);
+  b->ops[WANE_OP_ATTENTION_MERGE] = VEC_NAME(wane_nn_attention_merge);
+  b->ops[WANE_OP_GLU] = VEC_NAME(wane_nn_glu);
+  b->ops[WANE_OP_SOFTMAX] = VEC_NAME(wane_nn_softmax);
+  b->ops[WANE_OP_NLL] = VEC_NAME(wane_nn_nll);
+  b->ops[WANE_OP_NLL_BACKWARD] = VEC_NAME(wane_nn_nll_backward);
+  b->ops[WANE_OP_PENALTY] = VEC_NAME(wane_nn_penalty);
+  b->ops[WANE_OP_SAMPLE_FILTER] = VEC_NAME(wane_nn_filter);
+  b->ops[WANE_OP_SAMPLE] = VEC_NAME(wane_nn_sample);
+}
