@@ -58,7 +58,8 @@ end
 
 --- Everything documented (and every public function that is not) in a Lua file.
 -- @param path string
--- @return table|nil list of { name, parameters, line, text, params, returns, documented, is_local } with field `header`, the file's own text
+-- @return table|nil list of { name, parameters, line, text, params, returns, documented, is_local } with fields `header`,
+--   the file's own text, and `returned`, the name of what the file returns
 function M.lua_file(path)
   local lines = read_lines(path)
   if not lines then return nil end
@@ -87,6 +88,7 @@ function M.lua_file(path)
       end
       block = nil
     end
+    entries.returned = line:match "^return ([%w_]+)$" or entries.returned
   end
   return entries
 end
