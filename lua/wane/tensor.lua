@@ -444,6 +444,15 @@ function Tensor:wait()
   return self
 end
 
+--- Gives every NaN of an f32 array the usual bits: LuaJIT would take others (0xffffffff …) for values of other types, and a
+-- file may hold them.
+local function plain_nans(data, n)
+  local bits = ffi.cast("uint32_t *", data)
+  for i = 0, n - 1 do
+    if bits[i] % 0x80000000 > 0x7f800000 then bits[i] = 0x7fc00000 end
+  end
+end
+
 --- The values as a C array in row-major order (f16, bf16 and quantized kinds as f32), their number and the array's dtype. Waits.
 -- @return cdata, integer, string
 function Tensor:cdata()
@@ -454,6 +463,7 @@ function Tensor:cdata()
   local data = arrays[through](math.max(n, 1))
   source:wait()
   check(C.wane_tensor_read(stream(), source.h, data, n * element_bytes[through]))
+  if through == "f32" then plain_nans(data, n) end
   if source ~= self then source:close() end
   return data, n, through
 end

@@ -8,7 +8,6 @@
 -- signed), int8 (rows, arXiv:2208.07339). Codes and scales are bitsandbytes' own bytes; where upstream's CPU code rounds to
 -- something else than the nearest value, the nearest is taken.
 -- @module wane.quant
-local ffi = require "ffi"
 local core = require "wane.core"
 local Tensor = require "wane.tensor"
 local C = core.C
@@ -51,15 +50,10 @@ local function made(status, h)
   return Tensor.wrap(h)
 end
 
-local value = ffi.new "union { float f; uint32_t bits; }"
-
---- One number: `op` reduced over the whole of a tensor. LuaJIT takes some NaNs for tagged values, so NaN is made here.
+--- One number: `op` reduced over the whole of a tensor.
 local function total(x, op)
   local h = core.handle_type()
-  local t = made(C.wane_reduce(core.stream(), h, x.h, op, -1, 0), h)
-  core.check(core.wait())
-  core.check(C.wane_tensor_read(core.stream(), t.h, value, 4))
-  return value.bits % 0x80000000 > 0x7f800000 and 0 / 0 or value.f
+  return made(C.wane_reduce(core.stream(), h, x.h, op, -1, 0), h):item()
 end
 
 local function compare(x, q)
