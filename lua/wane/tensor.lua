@@ -49,9 +49,10 @@ end
 -- @return boolean
 function Tensor.is(x) return getmetatable(x) == Tensor end
 
--- A scope ends: what it returns moves into the scope around it, or to the collector.
+-- A scope ends: what it returns moves into the scope around it, or to the collector. A tensor that no scope owns stays as it is.
 local function keep(value, outer, seen)
   if getmetatable(value) == Tensor then
+    if value.h.flags == 0 then return end
     core.check(C.wane_tensor_move(core.stream(), value.h, outer))
     value.h.flags = outer ~= nil and 1 or 0
     if outer == nil then ffi.gc(value.h, C.wane_tensor_free) end
@@ -97,7 +98,7 @@ end
 
 --- Where the tensor lives: "cpu".
 -- @return string
-function Tensor:device() return "cpu" end
+function Tensor.device() return "cpu" end
 
 --- Number of dimensions.
 -- @return integer
@@ -327,7 +328,7 @@ local function random(what, kind, a, b, first, ...)
   if not seed then seed, offset = generator.seed, generator.drawn end
   local h = core.handle_type()
   local name = dtype or options.dtype or "f32"
-  check(C.wane_random(stream(), h, kind, options[1] and a(options) or a {}, options[1] and b(options) or b {}, seed, offset, core.dtype(name), n, sizes_scratch))
+  check(C.wane_random(stream(), h, kind, a(options), b(options), seed, offset, core.dtype(name), n, sizes_scratch))
   if not options.seed then generator.drawn = generator.drawn + math.ceil(count / 4) * 4 end
   return wrap(h)
 end
@@ -351,7 +352,9 @@ end
 -- @param dtype string|nil default "i64"
 -- @return wane.Tensor
 function new.randint(low, high, sizes, dtype)
-  if type(low) ~= "number" or type(high) ~= "number" or not (high > low) then core.raise("randint: from %s to %s - 1 there is no integer", tostring(low), tostring(high)) end
+  if type(low) ~= "number" or type(high) ~= "number" or high <= low then
+    core.raise("randint: from %s to %s - 1 there is no integer", tostring(low), tostring(high))
+  end
   return random("randint", C.WANE_UNIFORM, function() return low end, function() return high end, sizes, dtype or "i64")
 end
 

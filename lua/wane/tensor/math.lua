@@ -194,30 +194,33 @@ return function(Tensor)
     end
   end
 
+  --- Variance in f32 (of 16-bit floats too, so that it is rounded once) over the elements that dim names.
+  local function variance(self, dim, keepdim, correction)
+    local n = type(dim) == "number" and self:size(dim) or self:numel()
+    if type(dim) == "table" then
+      n = 1
+      for _, d in ipairs(dim) do n = n * self:size(d) end
+    end
+    correction = correction or 1
+    local wide = self:is_float() and self:to "f32" or self
+    local biased = (type(dim) == "table" and reduce_many or reduce_one)(wide, C.WANE_VAR, dim, keepdim, "var")
+    if correction == 0 then return biased end
+    return biased * (n > correction and n / (n - correction) or 0 / 0)
+  end
+
   --- Variance: sum of squared differences from the mean over (n - correction).
   -- @param dim integer|integer[]|nil
   -- @param keepdim boolean|nil
   -- @param correction number|nil default 1, as Torch's; 0 is numpy's
   -- @return wane.Tensor
   function Tensor:var(dim, keepdim, correction)
-    local n = self:numel()
-    if type(dim) == "number" then n = self:size(dim) end
-    if type(dim) == "table" then
-      n = 1
-      for _, d in ipairs(dim) do n = n * self:size(d) end
-    end
-    correction = correction or 1
-    local reduce = type(dim) == "table" and reduce_many or reduce_one
-    if correction == 0 then return reduce(self, C.WANE_VAR, dim, keepdim, "var") end
-    return core.scope(function()
-      return reduce(self, C.WANE_VAR, dim, keepdim, "var") * (n > correction and n / (n - correction) or 0 / 0)
-    end)
+    return core.scope(function() return variance(self, dim, keepdim, correction):to(self:is_float() and self:dtype() or "f32") end)
   end
 
   --- Standard deviation; arguments as var's.
   -- @return wane.Tensor
   function Tensor:std(dim, keepdim, correction)
-    return core.scope(function() return self:var(dim, keepdim, correction):sqrt() end)
+    return core.scope(function() return variance(self, dim, keepdim, correction):sqrt():to(self:is_float() and self:dtype() or "f32") end)
   end
 
   --- Vector norm: p is 2 (default), 1 or math.huge.

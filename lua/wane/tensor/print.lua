@@ -23,10 +23,10 @@ return function(Tensor)
       local x = self:to "f32"
       local finite, nan = x:isfinite(), x:isnan():sum()
       local count = finite:sum()
-      local zeroed = x:where_finite(finite, 0)
+      local zeroed = finite:where(x, 0)
       local mean = zeroed:sum() / count
       return {
-        count = count, nan = nan, mean = mean, min = x:where_finite(finite, math.huge):amin(), max = x:where_finite(finite, -math.huge):amax(),
+        count = count, nan = nan, mean = mean, min = finite:where(x, math.huge):amin(), max = finite:where(x, -math.huge):amax(),
         std = ((zeroed - mean):square() * finite:to "f32"):mean() * (n / count),
       }
     end)
@@ -40,9 +40,6 @@ return function(Tensor)
     if count == 0 then out.min, out.max, out.mean, out.std = nil, nil, nil, nil end
     return out
   end
-
-  --- x where it is finite, else value.
-  function Tensor:where_finite(finite, value) return Tensor.where(finite, self, value) end
 
   -- ---------------------------------------------------------------- the corner
 

@@ -192,9 +192,10 @@ return function(Tensor)
   function Tensor:split(size, dim)
     local d = self:dim0(dim or 1, "split")
     local total, parts, at = tonumber(self:info().shape[d]), {}, 0
-    if type(size) == "number" and not (size >= 1) then core.raise("split: size %g; expected at least 1", size) end
+    if type(size) == "number" and size < 1 then core.raise("split: size %g; expected at least 1", size) end
     repeat
-      local length = type(size) == "table" and size[#parts + 1] or size
+      local length = size
+      if type(size) == "table" then length = size[#parts + 1] end
       if length == nil then core.raise("split: the sizes sum to %d, dimension %d of %s is larger", at, d + 1, self:describe()) end
       if type(size) == "number" then length = math.min(length, total - at) end
       parts[#parts + 1] = narrow0(self, d, at, length)
