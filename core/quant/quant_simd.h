@@ -275,8 +275,8 @@ static void dequantize(const wane_qview *q, int64_t first, int64_t count, float 
     float scale = wane_scale_at(q, e / block);
     if (wane_is_4bit(q->dtype)) run_4bit(levels, level, codes, e, n, scale, out);
     else if (q->dtype != WANE_INT8) run_8bit(q->code, codes + e, n, scale, out);
-    else if (fabsf(scale) >= 0x1p-90f && !isinf(scale)) run_int8((const int8_t *)codes + e, n, scale, out);
-    else wane_quant_generic.dequantize(q, e, n, out); /* scales so small, or not numbers, that the two parts would not do */
+    else if (scale >= 0x1p-90f && !isinf(scale)) run_int8((const int8_t *)codes + e, n, scale, out);
+    else wane_quant_generic.dequantize(q, e, n, out); /* a scale that two parts cannot carry, or no row maximum */
     e += n, out += n;
   }
 }
