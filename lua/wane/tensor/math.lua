@@ -40,7 +40,8 @@ return function(Tensor)
       elseif type(a) == "number" and is(b) then
         check(C.wane_binary_scalar(stream(), h, b.h, a, code, 1))
       else
-        core.raise("%s: expected tensors or numbers, found %s and %s", name, is(a) and a:describe() or "a " .. type(a), is(b) and b:describe() or "a " .. type(b))
+        local function text(x) return is(x) and x:describe() or "a " .. type(x) end
+        core.raise("%s: expected tensors or numbers, found %s and %s", name, text(a), text(b))
       end
       return wrap(h)
     end
