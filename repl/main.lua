@@ -62,7 +62,7 @@ local function run(chunk, message)
     io.stderr:write "wane: interrupted\n"
     return 130
   end
-  io.stderr:write(problem:find "^wane: " and "" or "wane: ", problem, "\n")
+  if problem then io.stderr:write(problem:find "^wane: " and "" or "wane: ", problem, "\n") end
   return 1
 end
 

@@ -138,7 +138,7 @@ function Session:evaluate(text)
   local stopped = terminal.interrupted()
   if stopped then cli.settle() end
   if not ok then
-    self:print_error(stopped and "interrupted" or results)
+    self:print_error(stopped and "interrupted" or results or "error without a message")
   elseif is_expression and results.n > 0 then
     self.env._ = results[1]
     if not quiet then
@@ -238,7 +238,8 @@ function M.run(home)
     self:print_error(tostring(core))
   end
   terminal.limit(3)
-  if not self.interactive or os.getenv "TERM" == "dumb" then return self:plain_loop() and 0 or 1 end
+  local plain = os.getenv "TERM" == "dumb" or (os.getenv "WANE_PLAIN" or "") ~= ""
+  if not self.interactive or plain then return self:plain_loop() and 0 or 1 end
   self.history = history.open()
   print(("wane %s, %s. ? is help, ctrl-D leaves."):format(found and ffi.string(core.C.wane_version()) or "without its library", jit.version))
   self:editing_loop()

@@ -20,8 +20,9 @@ end
 
 --- Message handler for xpcall: the message and, below it, the user's frames. WANE_TRACE=1 gives all frames.
 -- @param message any
--- @return string
+-- @return string|nil
 function M.handler(message)
+  if message == nil then return nil end                -- error(): some programs end themselves this way, without a word
   if type(message) ~= "string" then
     local meta = getmetatable(message)
     message = meta and meta.__tostring and tostring(message) or ("error of type %s: %s"):format(type(message), tostring(message))

@@ -60,6 +60,12 @@ describe("a session on a pipe", function()
     assert.matches("Ctrl%-R", (piped "?\n"))
   end)
 
+  it("survives an error without a message", function()
+    local out, err = piped "error()\n1\n"
+    assert.equal("1\n", out)
+    assert.equal("error without a message\n", err)
+  end)
+
   it("refuses code that yields to nobody", function()
     local _, err = piped "coroutine.yield(1)\n"
     assert.matches("nobody to resume", err)
@@ -84,6 +90,7 @@ describe("a session on a terminal", function()
     p:expect "\n.-3\r"
     p:send "\27[A\r"
     p:expect "\n.-3\r"
+    p:expect "2004h"
     p:send "\4"
     assert.equal(0, p:wait())
     start()
@@ -172,5 +179,8 @@ describe("a session on a terminal", function()
     p:expect "> 42\r"
     p:send "\4"
     assert.equal(0, p:wait())
+    p = pty.spawn({ program }, { env = { TERM = "xterm", WANE_HISTORY = "", WANE_PLAIN = "1" } })
+    p:send "6 * 7\r"
+    p:expect "> 42\r"
   end)
 end)
