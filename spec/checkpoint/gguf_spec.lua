@@ -1,0 +1,216 @@
+-- Reading GGUF: metadata of every type, tensors, the converter's arrangement undone, every rule broken once, 2,000 mutated headers.
+local ffi = require "ffi"
+local checkpoint = require "wane.checkpoint"
+local index = require "wane.checkpoint.index"
+local loader = require "wane.loader"
+local files = require "support.files"
+
+local fixtures = "spec/fixtures/"
+local pair, str, u32, u64, le = files.gguf_pair, files.gguf_string, files.u32, files.u64, files.le
+local folder
+
+local function f32(...)
+  local n = select("#", ...)
+  return ffi.string(ffi.new("float[?]", n, ...), 4 * n)
+end
+
+describe("GGUF", function()
+  setup(function() folder = files.folder() end)
+  teardown(files.clean)
+
+  local function path_of(text) return files.write(folder .. "/t.gguf", text) end
+
+  it("gives metadata of every type by key", function()
+    local strings = {}
+    for i = 1, 1000 do strings[i] = str("token " .. i .. "\0\255") end
+    local text = files.gguf({
+      pair("u8", 0, "\200"), pair("i8", 1, "\200"), pair("u16", 2, le(65535, 2)), pair("i16", 3, le(65535, 2)), pair("u32", 4, u32(4294967295)),
+      pair("i32", 5, u32(4294967295)), pair("f32", 6, f32(0.5)), pair("yes", 7, "\1"), pair("no", 7, "\0"), pair("text", 8, str "h\195\169llo"),
+      pair("u64", 10, u64(2 ^ 40)), pair("i64", 11, ("\255"):rep(8)), pair("f64", 12, ffi.string(ffi.new("double[1]", -2.25), 8)),
+      pair("strings", 9, u32(8) .. u64(1000) .. table.concat(strings)), pair("floats", 9, u32(6) .. u64(3) .. f32(1, -2, 4)),
+      pair("flags", 9, u32(7) .. u64(2) .. "\0\1"), pair("none", 9, u32(8) .. u64(0)),
+    }, {})
+    local ix = assert(index.open(path_of(text)))
+    assert.equal("gguf", ix:format())
+    local expected = { u8 = 200, i8 = -56, u16 = 65535, i16 = -1, u32 = 4294967295, i32 = -1, f32 = 0.5, yes = true, no = false, text = "h\195\169llo",
+                       u64 = 2 ^ 40, i64 = -1, f64 = -2.25 }
+    for key, value in pairs(expected) do assert.equal(value, ix:meta(key), key) end
+    assert.is_nil(ix:meta "absent")
+    local n, item = ix:array "strings"
+    assert.equal(1000, n)
+    assert.equal("token 1\0\255", item(1))
+    assert.equal("token 1000\0\255", item(1000))
+    assert.has_error(function() item(1001) end)
+    assert.has_error(function() item(0) end)
+    n, item = ix:array "floats"
+    assert.same({ 3, 1, -2, 4 }, { n, item(1), item(2), item(3) })
+    n, item = ix:array "flags"
+    assert.same({ 2, false, true }, { n, item(1), item(2) })
+    assert.equal(0, (ix:array "none"))
+    assert.equal(17, #ix:keys())
+  end)
+
+  it("gives tensors of every dtype that wane computes with, and lists the others", function()
+    local kinds = { { 0, "f32", 128 }, { 1, "f16", 64 }, { 30, "bf16", 64 }, { 2, "q4_0", 18 }, { 3, "q4_1", 20 }, { 6, "q5_0", 22 }, { 7, "q5_1", 24 },
+                    { 8, "q8_0", 34 } }
+    local infos, data = {}, {}
+    for i, k in ipairs(kinds) do
+      infos[i] = { "t" .. i, { 32, 2 }, k[1], (i - 1) * 256 }
+      data[i] = ("\0"):rep(256)
+    end
+    infos[#infos + 1] = { "odd", { 32 }, 20, #kinds * 256 }
+    data[#data + 1] = ("\0"):rep(32)
+    local path = path_of(files.gguf({}, infos, table.concat(data)))
+    local ix = assert(index.open(path))
+    for i, k in ipairs(kinds) do
+      local e = ix:find("t" .. i)
+      assert.same({ k[2], { 2, 32 }, 2 * k[3] }, { e.dtype, e.shape, e.bytes })
+      local t = assert(ix:map(e))
+      assert.equal(k[2], t:dtype())
+      assert.same({ 2, 32 }, t:shape())
+    end
+    assert.equal("IQ4_NL", ix:find("odd").file_dtype)
+    local list, message, code = loader.load({ path = path }, { { entry = ix:find "odd" } })
+    assert.is_nil(list)
+    assert.equal("WANE_E_UNSUPPORTED", code)
+    assert.truthy(message:find("IQ4_NL", 1, true))
+  end)
+
+  local ok_tensor = { "a", { 4 }, 0, 0 }
+  local bad = {
+    { "four bytes", "GGUF", "reaches beyond the end" },
+    { "version 1", "GGUF" .. u32(1) .. u64(0) .. u64(0), "version 1" },
+    { "a big-endian file", "GGUF\0\0\0\3" .. u64(0) .. u64(0), "big-endian" },
+    { "a huge number of tensors", "GGUF" .. u32(3) .. u64(2 ^ 52) .. u64(0), "more than its" },
+    { "a huge number of pairs", "GGUF" .. u32(3) .. u64(0) .. ("\255"):rep(8), "more than its" },
+    { "a key longer than the file", "GGUF" .. u32(3) .. u64(0) .. u64(1) .. u64(2 ^ 40) .. ("x"):rep(40), "reaches beyond the end" },
+    { "a string longer than the file", files.gguf({ pair("k", 8, u64(2 ^ 60)) }, {}), "reaches beyond the end" },
+    { "a huge array", files.gguf({ pair("k", 9, u32(8) .. u64(2 ^ 60)) }, {}), "reaches beyond the end" },
+    { "an array of numbers beyond the end", files.gguf({ pair("k", 9, u32(12) .. u64(100)) }, {}), "reaches beyond the end" },
+    { "an array of arrays", files.gguf({ pair("k", 9, u32(9) .. u64(1)) }, {}), "array of arrays" },
+    { "an unknown value type", files.gguf({ pair("k", 13, "1234") }, {}), "unknown type 13" },
+    { "an unknown item type", files.gguf({ pair("k", 9, u32(99) .. u64(1)) }, {}), "unknown type 99" },
+    { "a key twice", files.gguf({ pair("k", 0, "a"), pair("k", 0, "b") }, {}), "occurs twice" },
+    { "a zero byte in a key", files.gguf({ pair("k\0y", 0, "a") }, {}), "zero byte" },
+    { "a tensor twice", files.gguf({}, { ok_tensor, { "a", { 4 }, 0, 32 } }, ("\0"):rep(64)), "occurs twice" },
+    { "five dimensions", files.gguf({}, { { "a", { 1, 1, 1, 1, 4 }, 0, 0 } }, ("\0"):rep(16)), "4 at most" },
+    { "a shape that overflows", files.gguf({}, { { "a", { 2 ^ 40, 2 ^ 40 }, 0, 0 } }, ("\0"):rep(16)), "overflow" },
+    { "a size beyond 2^63", files.gguf({}, { { "a", { 2 ^ 63 }, 0, 0 } }, ("\0"):rep(16)), "overflow" },
+    { "rows that fill no block", files.gguf({}, { { "a", { 33 }, 8, 0 } }, ("\0"):rep(64)), "no multiple of the 32" },
+    { "data cut short", files.gguf({}, { ok_tensor }, "123456789"), "truncated" },
+    { "an offset beyond the end", files.gguf({}, { { "a", { 4 }, 0, 2 ^ 50 } }, ("\0"):rep(16)), "truncated" },
+    { "an unaligned offset", files.gguf({}, { { "a", { 4 }, 0, 4 } }, ("\0"):rep(64)), "alignment" },
+    { "an overlap", files.gguf({}, { { "a", { 16 }, 0, 0 }, { "b", { 4 }, 0, 32 } }, ("\0"):rep(64)), "inside the tensor" },
+    { "an alignment that is no power of two", files.gguf({ pair("general.alignment", 4, u32(24)) }, {}), "power of two" },
+    { "an alignment of 0", files.gguf({ pair("general.alignment", 4, u32(0)) }, {}), "power of two" },
+  }
+  for _, case in ipairs(bad) do
+    it("refuses " .. case[1], function()
+      local path = path_of(case[2])
+      local ix, message = index.open(path)
+      assert.is_nil(ix)
+      assert.truthy(message:find(case[3], 1, true), message)
+      assert.truthy(message:find(path, 1, true), message)
+    end)
+  end
+
+  it("survives 2,000 mutated headers without a crash", function()
+    local good = files.gguf({ pair("general.architecture", 8, str "llama"), pair("x", 9, u32(8) .. u64(2) .. str "ab" .. str "c"), pair("y", 4, u32(7)) },
+      { { "blk.0.attn_q.weight", { 4, 4 }, 0, 0 }, { "b", { 32, 1 }, 8, 64 } }, ("\0"):rep(98))
+    local head = #good - 98
+    local random, opened = files.random(77), 0
+    for _ = 1, 2000 do
+      local text = good
+      for _ = 0, random(3) do
+        local at, kind = random(head) + 1, random(5)
+        if kind == 0 then text = text:sub(1, at - 1) .. string.char(random(256)) .. text:sub(at + 1)
+        elseif kind == 1 then text = text:sub(1, at - 1) .. text:sub(at + 1)
+        elseif kind == 2 then text = text:sub(1, at) .. text:sub(at, at + random(9)) .. text:sub(at + 1)
+        elseif kind == 3 then text = text:sub(1, at - 1) .. ("\255"):rep(8) .. text:sub(at + 8)
+        else text = text:sub(1, math.max(at, 4)) end
+      end
+      local ix, message = index.open(path_of("GGUF" .. text:sub(5)))
+      if ix then
+        opened = opened + 1
+        for i = 0, ix:count() - 1 do
+          local e = ix:entry(i)
+          assert.is_true(e.offset + e.bytes <= #text)
+          ix:bytes(e, 16)
+        end
+        for _, key in ipairs(ix:keys()) do
+          ix:meta(key)
+          local n, item = ix:array(key)
+          for i = 1, math.min(n or 0, 3) do item(i) end
+        end
+        ix:close()
+      else
+        assert.is_string(message)
+      end
+    end
+    assert.is_true(opened > 0 and opened < 1500)
+  end)
+
+  describe("as a checkpoint", function()
+    for _, case in ipairs { { "llama", "gguf/llama-f16.gguf" }, { "gpt_neox", "gguf/gpt_neox-f16.gguf" } } do
+      it("has the names, the config and the values of the model it was made from: " .. case[1], function()
+        local g = assert(checkpoint.open(fixtures .. case[2]))
+        local s = assert(checkpoint.open(fixtures .. "models/" .. case[1]))
+        local a, b = g:names(), s:names()
+        table.sort(a)
+        table.sort(b)
+        assert.same(b, a)
+        local old = assert(require("wane.checkpoint.json").read(fixtures .. "models/" .. case[1] .. "/config_v4.json"))
+        for _, key in ipairs { "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                               "rms_norm_eps", "layer_norm_eps", "vocab_size", "tie_word_embeddings", "hidden_act", "rotary_pct", "use_parallel_residual",
+                               "rope_theta", "max_position_embeddings", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias" } do
+          assert.equal(old[key], g.config[key], key)
+        end
+        assert.same({ 1, 2 }, { g.generation_config.bos_token_id, g.generation_config.eos_token_id })
+        local want, have = {}, {}
+        for i, name in ipairs(b) do want[i], have[i] = { entry = s:find(name), dtype = "f32" }, { entry = g:find(name), dtype = "f32" } end
+        want, have = assert(loader.load(s, want)), assert(loader.load(g, have))
+        for i, name in ipairs(b) do
+          assert.same(want[i]:shape(), have[i]:shape())
+          assert.is_true(files.bytes(want[i]) == files.bytes(have[i]), name)
+        end
+        -- as they lie (rows put back, F16 kept), and quantized on the way
+        for _, name in ipairs(b) do
+          local e = g:find(name)
+          local kept = assert(loader.load(g, { { entry = e } }))[1]
+          assert.equal(e.dtype, kept:dtype())
+          local cast = assert(loader.load(s, { { entry = s:find(name), dtype = e.dtype } }))[1]
+          assert.is_true(files.bytes(kept) == files.bytes(cast), name)
+        end
+      end)
+    end
+
+    it("puts the rows of quantized heads back as whole blocks", function()
+      -- two heads of four rows, 32 values each: Q8_0 rows of 34 bytes, told apart by their first byte
+      local rows, order = {}, { 1, 3, 2, 4, 5, 7, 6, 8 }        -- file row of each row of the model: halves were interleaved
+      for r = 1, 8 do rows[r] = string.char(r, 60) .. string.char(r):rep(32) end
+      local text = files.gguf({ pair("general.architecture", 8, str "llama"), pair("llama.embedding_length", 4, u32(8)),
+                                pair("llama.attention.head_count", 4, u32(2)), pair("llama.block_count", 4, u32(1)) },
+        { { "blk.0.attn_q.weight", { 32, 8 }, 8, 0 }, { "blk.0.attn_v.weight", { 32, 8 }, 8, 288 } },
+        table.concat(rows) .. ("\0"):rep(16) .. table.concat(rows))
+      local g = assert(checkpoint.open(path_of(text)))
+      local q = assert(loader.load(g, { { entry = g:find "model.layers.0.self_attn.q_proj.weight" },
+                                        { entry = g:find "model.layers.0.self_attn.v_proj.weight" } }))
+      local expected = {}
+      for r = 1, 8 do expected[r] = rows[order[r]] end
+      assert.equal("q8_0", q[1]:dtype())
+      assert.equal(table.concat(expected), files.parts(q[1])[0])
+      assert.equal(table.concat(rows), files.parts(q[2])[0])
+    end)
+
+    it("says which heads do not fit", function()
+      local text = files.gguf({ pair("general.architecture", 8, str "llama"), pair("llama.embedding_length", 4, u32(8)),
+                                pair("llama.attention.head_count", 4, u32(3)), pair("llama.block_count", 4, u32(1)) },
+        { { "blk.0.attn_q.weight", { 8, 8 }, 0, 0 } }, ("\0"):rep(256))
+      local g = assert(checkpoint.open(path_of(text)))
+      local q, message, code = loader.load(g, { { entry = g:find "model.layers.0.self_attn.q_proj.weight" } })
+      assert.is_nil(q)
+      assert.equal("WANE_E_SHAPE", code)
+      assert.truthy(message:find("3 heads", 1, true), message)
+    end)
+  end)
+end)
