@@ -301,7 +301,7 @@ WANE_API int wane_embedding(wane_stream *s, wane_handle *out, const wane_handle 
 WANE_API int wane_rms_norm(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *weight, double eps, double weight_offset);
 /* (x - mean) / sqrt(var + eps) * weight + bias, biased variance. weight, bias optional. */
 WANE_API int wane_layer_norm(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *weight, const wane_handle *bias, double eps);
-/* Rotary embedding of x [B, T, H, D] (last dimension contiguous) on the first 2*R dims, R = length of inv_freq f32 [R]. position of (b, t): positions [B, T] i32
+/* Rotary embedding of x [B, T, H, D] (last dimension contiguous) on the first 2*R dims, R = length of inv_freq f32 [R]. position of (b, t): positions [B, T] or [1, T] i32
  * (optional) else start + t. interleaved: pairs (2j, 2j+1), else (j, j+R). cos and sin are f32 and multiplied by `scale`. */
 WANE_API int wane_rope(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *inv_freq, const wane_handle *positions,
                        int64_t start, double scale, int interleaved);
@@ -324,9 +324,10 @@ WANE_API int wane_attention(wane_stream *s, wane_handle *out, const wane_handle 
                             const wane_handle *key_mask, const wane_handle *bias, const wane_attention_options *options);
 /* act(gate) * up, one pass. act: a unary op code (WANE_SILU, WANE_GELU_TANH, …). Same shapes. */
 WANE_API int wane_glu(wane_stream *s, wane_handle *out, const wane_handle *gate, const wane_handle *up, int act);
-/* softmax (or log-softmax) of x * scale over `dim`, f32 inside, x's dtype out. */
+/* softmax (or log-softmax) of x over `dim`, f32 inside, x's dtype out. A slice of nothing but -inf gives NaN, as upstream's. */
 WANE_API int wane_softmax(wane_stream *s, wane_handle *out, const wane_handle *x, int dim, int log);
-/* -log softmax(logits)[label] a row: logits [M, V] float, labels [M] i32/i64 (ignore_index rows give 0) -> f32 [M]. */
+/* -log softmax(logits)[label] a row: logits [M, V] float, labels [M] i32/i64 (ignore_index rows give 0) -> f32 [M]. Any other label
+ * outside [0, V) fails the op. */
 WANE_API int wane_nll(wane_stream *s, wane_handle *out, const wane_handle *logits, const wane_handle *labels, int64_t ignore_index);
 
 /* ---- choosing the next token. logits [B, V] f32 in place; ids [B, capacity] i32: the running sequences (prompt and pads included) ---- */
@@ -336,13 +337,16 @@ WANE_API int wane_repetition_penalty(wane_stream *s, const wane_handle *logits, 
 WANE_API int wane_no_repeat_ngram(wane_stream *s, const wane_handle *logits, const wane_handle *ids, int64_t length, int64_t n);
 /* logits[b, id] = -inf (or value) for each of the given ids [n] i32. */
 WANE_API int wane_logits_set(wane_stream *s, const wane_handle *logits, const wane_handle *which, double value);
-/* temperature (> 0, 1 = off), top_k (0 = off, ties kept), top_p (1 = off), min_p (0 = off), in transformers' order; removed = -inf. */
+/* temperature (> 0, 1 = off), top_k (0 = off, ties kept), top_p (1 = off), min_p (0 = off), in transformers' order; removed = -inf. At
+ * least one logit a row stays. A row that holds NaN or +inf is left alone: wane_sample reports it. */
 WANE_API int wane_logits_filter(wane_stream *s, const wane_handle *logits, double temperature, int64_t top_k, double top_p, double min_p);
-/* One draw a row from softmax(logits): id [B] i32. The u of row b is Philox(seed, offset + b). */
+/* One draw a row from softmax(logits): id [B] i32, by the inverse of the cumulated probabilities in index order. The u of row b is
+ * Philox(seed, offset + b). A row with NaN or +inf, or with nothing left, fails the op. */
 WANE_API int wane_sample(wane_stream *s, wane_handle *out, const wane_handle *logits, uint64_t seed, uint64_t offset);
 
 /* ================================================================ 10. Backward of the smallest trainable model */
 
+/* dx in x's dtype; dweight, dbias f32 [C] (each NULL where it is not wanted; dbias only together with dweight). */
 WANE_API int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x,
                                     const wane_handle *weight, double eps, double weight_offset);
 WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, wane_handle *dbias, const wane_handle *dy,

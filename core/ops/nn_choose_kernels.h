@@ -1,15 +1,16 @@
 /* nn_choose_kernels.h: from logits to the next token: penalties, the filter of top-k, top-p and min-p, the draw.
  *
  * Nothing here sorts a vocabulary. The filter finds the one value below which everything is removed: a bound that certainly lies
- * below it is guessed in a vector pass, the few logits above the bound are gathered, and a quickselect by weight finds the value
- * among them. A bound that lets through more than the scratch memory holds is replaced by bisection over the row.
+ * below it is found in a vector pass (the maxima of groups for top-k, a histogram of masses for top-p), the few logits beyond it are
+ * gathered, and a quickselect by weight finds the value among them. Where more pass than the scratch memory holds, bisection over
+ * the row takes over.
  * Definitions and order: transformers logits_process.py. A chunk is one row. */
 #ifndef WANE_NN_CHOOSE_KERNELS_H
 #define WANE_NN_CHOOSE_KERNELS_H
 #include "nn_row_kernels.h"
 #include "philox.h"
 
-enum { GATHER_MAX = 144 << 10, GROUPS_MAX = 16384, BLOCKS_MAX = 4096 };
+enum { GATHER_MAX = 136 << 10, GROUPS_MAX = 16384, BLOCKS_MAX = 4096 };
 
 /* ---------------------------------------------------------------- penalties
  * PENALTY: i 0 kind; p 0 logits, 1 ids i32; n 0 B, 1 V, 2 logits' row stride, 3 ids' row stride, 4 length, 5 n-gram length; f 0 penalty.
@@ -157,46 +158,115 @@ static float top_k_bound(const float *x, int64_t V, int64_t k, gathered *g) {
   return select_by_weight(g, (double)k, &above, &equal);
 }
 
-/* The k-th largest value of the row. */
+/* The k-th largest value of the row. Leaves the values from there on in g (none if they do not fit). */
 static float top_k_value(const float *x, int64_t V, int64_t k, float max, gathered *g) {
   float bound = top_k_bound(x, V, k, g);
-  if (gather_above(x, V, bound, g) < 0) return bisect(x, V, (double)k, 0, max);
+  if (gather_above(x, V, bound, g) < 0) {
+    g->n = 0;
+    return bisect(x, V, (double)k, 0, max);
+  }
   for (int64_t i = 0; i < g->n; i++) g->weight[i] = 1.0f;
   double above;
-  int64_t equal;
-  return select_by_weight(g, (double)k, &above, &equal);
+  int64_t equal, n = 0;
+  float value = select_by_weight(g, (double)k, &above, &equal);
+  for (int64_t i = 0; i < g->n; i++) if (g->value[i] >= value) g->value[n++] = g->value[i];
+  g->n = n;
+  return value;
 }
 
-/* top-p over the values >= floor: the smallest set of largest values whose mass reaches p of their whole mass. Returns its smallest
- * value; of the values equal to that, *drop are to be removed, the earlier ones first (as a stable ascending sort would). */
-static float top_p_value(const float *x, int64_t V, double p, float floor, float max, gathered *g, int64_t *drop) {
-  double target = p * weight_above(x, V, floor, 1, max), above = 0.0, weight;
-  int64_t equal = 0, found = -1;
-  static const float depth[] = { 2, 5, 10, 20, 1e30f };
-  float value;
-  for (int i = 0; i < 5; i++) {                       /* the shallowest bound that holds the target */
-    float bound = max - depth[i] > floor ? max - depth[i] : floor;
-    found = gather_above(x, V, bound, g);
-    if (found < 0) break;
-    double mass = 0.0;
-    for (int64_t j = 0; j < found; j += VW) {
-      int lanes = vec_left(j, found);
-      vf w = vec_exp(vf_sub(vf_get_n(g->value, WANE_F32, j, lanes), vf_set1(max)));
-      vf_put_n(g->weight, WANE_F32, j, w, lanes);
-      for (int k = 0; k < lanes; k++) mass += (double)g->weight[j + k];
-    }
-    if (mass >= target * (1.0 + 1e-6) || bound == floor) break;
+/* weight = e^(value - max) for all of g; returns the sum. */
+static double weigh_gathered(gathered *g, float max) {
+  double mass = 0.0;
+  for (int64_t j = 0; j < g->n; j += VW) {
+    int lanes = vec_left(j, g->n);
+    vf_put_n(g->weight, WANE_F32, j, vec_exp(vf_sub(vf_get_n(g->value, WANE_F32, j, lanes), vf_set1(max))), lanes);
+    for (int k = 0; k < lanes; k++) mass += (double)g->weight[j + k];
   }
-  if (found >= 0) {
+  return mass;
+}
+
+/* Masses by distance from the maximum: bin i holds the values x with BINS / DEPTH * (max - x) in [i, i + 1). What lies deeper than
+ * DEPTH goes to `rest`; most of a vocabulary does, in whole vectors. Two histograms in turn keep one bin's sums apart. */
+enum { BINS = 1024, DEPTH = 16 };
+typedef struct histogram { double mass[2][BINS], rest, total; } histogram;
+
+VEC vi bin_of(vf x, vf max) { return vi_from_float(vf_mul(vf_sub(max, x), vf_set1((float)(BINS / DEPTH)))); }
+
+static void fill_histogram(histogram *h, const float *x, int64_t V, float max) {
+  vf m = vf_set1(max), edge = vf_set1(max - (float)DEPTH);
+  int32_t bin[VW];
+  float w[VW];
+  memset(h, 0, sizeof *h);
+  for (int64_t j = 0; j < V; j += EXP_BLOCK) {
+    vf deep = vf_zero();
+    for (int64_t i = j; i < V && i < j + EXP_BLOCK; i += VW) {
+      int lanes = vec_left(i, V);
+      vf v = vf_get_n(x, WANE_F32, i, lanes), e = vec_exp(vf_sub(v, m));
+      vm is_near = vf_lt(edge, v);
+      uint32_t hits = vm_bits(is_near) & ((1u << lanes) - 1);
+      if (lanes == VW) deep = vf_add(deep, vf_select(is_near, vf_zero(), e));
+      else {
+        vf_store(w, e);
+        for (int k = 0; k < lanes; k++) if (!(hits >> k & 1)) h->rest += (double)w[k];
+      }
+      if (!hits) continue;
+      vi_store(bin, bin_of(v, m));
+      vf_store(w, e);
+      for (; hits; hits &= hits - 1) {
+        int k = __builtin_ctz(hits);
+        h->mass[k & 1][bin[k] < BINS ? bin[k] : BINS - 1] += (double)w[k];
+      }
+    }
+    h->rest += (double)vf_sum(deep);
+  }
+  h->total = h->rest;
+  for (int i = 0; i < BINS; i++) h->total += h->mass[0][i] + h->mass[1][i];
+}
+
+/* Gathers the values of one bin; -1 if there are too many. */
+static int64_t gather_bin(const float *x, int64_t V, float max, int32_t wanted, gathered *g) {
+  vf m = vf_set1(max), edge = vf_set1(max - (float)DEPTH), w = vf_set1((float)wanted);
+  int64_t n = 0;
+  for (int64_t i = 0; i < V; i += VW) {
+    int lanes = vec_left(i, V);
+    vf v = vf_get_n(x, WANE_F32, i, lanes), bin = vf_min(vf_set1((float)(BINS - 1)), vf_from_int(bin_of(v, m)));
+    uint32_t hits = vm_bits(vf_eq(bin, w)) & vm_bits(vf_lt(edge, v)) & ((1u << lanes) - 1);
+    if (!hits) continue;
+    if (n + VW > GATHER_MAX) return -1;
+    for (; hits; hits &= hits - 1) g->value[n++] = x[i + __builtin_ctz(hits)];
+  }
+  return g->n = n;
+}
+
+/* top-p: the smallest set of largest values whose mass reaches p of the whole mass. Returns its smallest value; of the values equal to
+ * that, *drop are to be removed, the earlier ones first (as a stable ascending sort would). g holds the row's values that are left
+ * (after top-k), or nothing: then those >= floor are meant. */
+static float top_p_value(const float *x, int64_t V, double p, float floor, float max, gathered *g, int64_t *drop) {
+  double target, above = 0.0, before = 0.0;
+  int64_t equal = 0;
+  float value;
+  if (g->n > 0) {
+    target = p * weigh_gathered(g, max);
     value = select_by_weight(g, target, &above, &equal);
   } else {
-    value = bisect(x, V, target, 1, max);
-    if (value < floor) value = floor;
-    above = weight_above(x, V, order_float(float_order(value) + 1), 1, max);
-    equal = (int64_t)(weight_above(x, V, value, 0, max) - weight_above(x, V, order_float(float_order(value) + 1), 0, max) + 0.5);
+    histogram *h = (histogram *)(void *)(g->weight + GATHER_MAX);
+    fill_histogram(h, x, V, max);
+    target = p * (floor == -__builtin_inff() ? h->total : weight_above(x, V, floor, 1, max));
+    int bin = 0;
+    for (; bin < BINS && before + h->mass[0][bin] + h->mass[1][bin] < target; bin++) before += h->mass[0][bin] + h->mass[1][bin];
+    if (bin < BINS && gather_bin(x, V, max, bin, g) > 0) {
+      weigh_gathered(g, max);
+      value = select_by_weight(g, target - before, &above, &equal);
+      above += before;
+    } else {
+      value = bisect(x, V, target, 1, max);
+      float next = order_float(float_order(value) + 1);
+      above = weight_above(x, V, next, 1, max);
+      equal = (int64_t)(weight_above(x, V, value, 0, max) - weight_above(x, V, next, 0, max) + 0.5);
+    }
+    if (value < floor) { *drop = 0; return floor; }
   }
-  weight = exp((double)value - (double)max);
-  double wanted = weight > 0.0 ? ceil((target - above) / weight) : (double)equal;
+  double weight = exp((double)value - (double)max), wanted = weight > 0.0 ? ceil((target - above) / weight - 1e-9) : (double)equal;
   int64_t keep = wanted < 1.0 ? 1 : wanted > (double)equal ? equal : (int64_t)wanted;
   *drop = equal - keep;
   return value;
@@ -210,15 +280,17 @@ static void VEC_NAME(wane_nn_filter)(const wane_op *op, uint32_t row) {
   float *x = (float *)op->p[0] + row * op->n[2], limit = -__builtin_inff();
   gathered g = { wane_scratch(), NULL, 0 };
   g.weight = g.value + GATHER_MAX;
-  vf t = vf_set1(op->f[0]), infinity = vf_set1(__builtin_inff());
+  vf t = vf_set1(op->f[0]), infinity = vf_set1(__builtin_inff()), m = vf_set1(-__builtin_inff());
   uint32_t all = (1u << VW) - 1, fine = all;
   for (int64_t i = 0; i < V; i += VW) {
     int lanes = vec_left(i, V);
     vf v = vf_get_n(x, WANE_F32, i, lanes);
     fine &= vm_bits(vf_lt(v, infinity));
-    if (op->f[0] != 1.0f) vf_put_n(x, WANE_F32, i, vf_div(v, t), lanes);
+    if (op->f[0] != 1.0f) vf_put_n(x, WANE_F32, i, v = vf_div(v, t), lanes);
+    if (lanes == VW) m = vf_max(m, v);
   }
-  float max = row_max(x, 0, V, WANE_F32);
+  float max = vf_hmax(m), end = row_max(x, V - V % VW, V % VW, WANE_F32);
+  if (end > max) max = end;
   if (fine != all || max == -__builtin_inff()) return;
   if (k > 0 && k < V) limit = top_k_value(x, V, k, max, &g);
   if (op->d[0] < 1.0) limit = top_p_value(x, V, op->d[0], limit, max, &g, &drop);

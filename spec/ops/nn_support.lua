@@ -107,6 +107,11 @@ function M.list(h)
   return list
 end
 
+--- After an op that was meant to fail: lets the stream report it, once, so that the next test starts clean.
+function M.take_report()
+  C.wane_tensor_new(core.stream(), M.handle(), C.WANE_F32, 1, ffi.new("int64_t[8]", 1))
+end
+
 --- Permuted view; order counts from 0.
 function M.permute(h, order)
   local out = M.handle()
@@ -137,14 +142,16 @@ function M.difference(a, b)
   return worst
 end
 
---- Runs fn(level, name) at every instruction-set level of this machine, and restores the level.
+--- Level in force when the specs were loaded: the highest that they try, and the one that they leave.
+M.level = C.wane_cpu_level()
+
+--- Calls fn(level, name) for every instruction-set level up to the one in force, with that level set.
 function M.each_level(fn)
-  local before = C.wane_cpu_level()
-  for level = 0, C.wane_cpu_best() do
+  for level = 0, M.level do
     core.check(C.wane_set_cpu_level(level))
     fn(level, ffi.string(C.wane_cpu_level_name(level)))
   end
-  core.check(C.wane_set_cpu_level(before))
+  core.check(C.wane_set_cpu_level(M.level))
 end
 
 --- Message of a call that must fail, or nil.
