@@ -523,7 +523,7 @@ enum {
   WANE_STEP_PREFIX,           /* `content` in front of every piece: WANE_PREFIX_… */
   WANE_STEP_BYTES,            /* bytes to GPT-2's printable characters; decoding: back */
   WANE_STEP_SPLIT,            /* cuts at the matches of `pattern`: WANE_SPLIT_… */
-  WANE_STEP_METASPACE,        /* decoding: `content` (a character) becomes a space, and nothing in the first token unless WANE_METASPACE_KEEP_FIRST */
+  WANE_STEP_METASPACE,        /* decoding: `content` (a character) becomes a space; in the first token nothing, unless WANE_METASPACE_KEEP_FIRST */
   WANE_STEP_BYTE_FALLBACK,    /* decoding: runs of <0xHH> become their bytes, or a U+FFFD each when these are no UTF-8 */
   WANE_STEP_FUSE,             /* decoding: all tokens become one */
   WANE_STEP_TRIM,             /* decoding: up to `flags & 0xffff` characters `content` off the start, `flags >> 16` off the end of each token */
@@ -532,7 +532,7 @@ enum {
 enum {
   WANE_STRIP_LEFT = 1, WANE_STRIP_RIGHT = 2,
   WANE_PREFIX_UNLESS_THERE = 1, WANE_PREFIX_AT_START = 2 /* only where the piece begins the input */,
-  WANE_SPLIT_ISOLATED = 0, WANE_SPLIT_REMOVED = 1, WANE_SPLIT_MERGED_WITH_PREVIOUS = 2, WANE_SPLIT_MERGED_WITH_NEXT = 3, WANE_SPLIT_CONTIGUOUS = 4,
+  WANE_SPLIT_ISOLATED = 0, WANE_SPLIT_REMOVED, WANE_SPLIT_MERGED_WITH_PREVIOUS, WANE_SPLIT_MERGED_WITH_NEXT, WANE_SPLIT_CONTIGUOUS,
   WANE_SPLIT_INVERT = 256, WANE_METASPACE_KEEP_FIRST = 1,
   WANE_STEP_REGEX = 65536     /* SPLIT, REPLACE: the pattern is a PCRE2 pattern (UTF, UCP, MULTILINE), not a plain string */
 };

@@ -24,18 +24,19 @@ int text_add_added(wane_tokenizer *t, int64_t id, const char *s, size_t n, int f
   return 0;
 }
 
-/* The id of an added token: the vocabulary's, else the one it states, else the next free one (tokenizers, added_vocabulary.rs). */
-static int settle_id(wane_tokenizer *t, text_added *a) {
+/* The id of an added token: the vocabulary's, else the next one behind the vocabulary and the added tokens before it; the id that the
+ * file states is not asked (tokenizers, added_vocabulary.rs `add_tokens`). */
+static int settle_id(wane_tokenizer *t, text_added *a, int64_t *next) {
   const char *s = t->added_bytes.data + a->at.start;
   size_t n = a->at.end - a->at.start;
   int32_t id = text_table_find(&t->vocab, s, n);
   if (id < 0) {
-    int64_t wanted = a->id >= 0 ? a->id : (int64_t)t->vocab.ids;
-    int status = text_table_add(&t->vocab, wanted, s, n);
+    int status = text_table_add(&t->vocab, *next, s, n);
     if (status) return status;
-    id = (int32_t)wanted;
+    id = (int32_t)*next;
   }
   a->id = id;
+  if (id >= *next) *next = id + 1;
   return 0;
 }
 
@@ -48,8 +49,9 @@ static int by_id(const void *a, const void *b) {
 /* Settles the ids and sorts by them; of several entries for a token the last counts. */
 int text_settle_added(wane_tokenizer *t) {
   size_t kept = 0;
+  int64_t next = t->model_tokens ? t->model_tokens : (t->model_tokens = t->vocab.count);
   for (size_t i = 0; i < t->added_n; i++) {
-    int status = settle_id(t, &t->added[i]);
+    int status = settle_id(t, &t->added[i], &next);
     if (status) return status;
   }
   if (t->added_n) qsort(t->added, t->added_n, sizeof *t->added, by_id);

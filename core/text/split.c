@@ -24,7 +24,7 @@ static int compile(text_matcher *m, const char *pattern, size_t n) {
   }
   pcre2_compile_context_free(options);
   pcre2_general_context_free(memory);
-  if (!m->regex || (!m->regex->code && code == PCRE2_ERROR_NOMEMORY)) return wane_fail(WANE_E_MEMORY, "out of memory: a pattern of %zu bytes", n);
+  if (!m->regex || (!m->regex->code && (code == PCRE2_ERROR_NOMEMORY || code == PCRE2_ERROR_HEAP_FAILED))) return wane_fail(WANE_E_MEMORY, "out of memory: a pattern of %zu bytes", n);
   if (!m->regex->code) {
     PCRE2_UCHAR why[120];
     pcre2_get_error_message(code, why, sizeof why);

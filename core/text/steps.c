@@ -50,7 +50,8 @@ static int transform(text_buf *out, const text_step *step, text_match *match, co
     case WANE_STEP_REPLACE: return text_replace(out, &step->match, match, s, n, step->content, step->content_n);
     case WANE_STEP_PREFIX: {
       int there = n >= step->content_n && !memcmp(s, step->content, step->content_n);
-      if (n && !((step->flags & WANE_PREFIX_UNLESS_THERE) && there) && !((step->flags & WANE_PREFIX_AT_START) && !first)) text_add(out, step->content, step->content_n);
+      int wanted = !((step->flags & WANE_PREFIX_UNLESS_THERE) && there) && !((step->flags & WANE_PREFIX_AT_START) && !first);
+      if (n && wanted) text_add(out, step->content, step->content_n);
       text_add(out, s, n);
       break;
     }
@@ -66,7 +67,8 @@ static int run_one(text_run *r, const text_step *step) {
   r->spare.n = r->spare_spans.n = 0;
   if (step->kind == WANE_STEP_SPLIT) {
     for (size_t i = 0; i < r->spans.n; i++) {
-      int status = text_split(&r->spare_spans, &step->match, &r->match, r->text.data, r->spans.at[i], (int)(step->flags & 255), (step->flags & WANE_SPLIT_INVERT) != 0);
+      int behavior = (int)(step->flags & 255), invert = (step->flags & WANE_SPLIT_INVERT) != 0;
+      int status = text_split(&r->spare_spans, &step->match, &r->match, r->text.data, r->spans.at[i], behavior, invert);
       if (status) return status;
     }
   } else {

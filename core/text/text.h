@@ -105,6 +105,7 @@ typedef struct text_pending { uint32_t start, middle, end; } text_pending;   /* 
 struct wane_tokenizer {
   _Atomic int refs;
   text_table vocab;
+  int64_t model_tokens;              /* of these, the model's own */
   text_merges merges;
   float *scores;                     /* by id; NULL: ranked merges (HF); else SPM's scores */
   size_t scores_n;

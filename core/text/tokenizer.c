@@ -230,7 +230,8 @@ int32_t wane_tokenizer_find(const wane_tokenizer *t, const char *text, size_t by
 
 int wane_tokenizer_token(const wane_tokenizer *t, int64_t id, const char **text, size_t *bytes, int *flags) {
   if (!t || !text || !bytes || !flags) return wane_fail(WANE_E_ARG, "wane_tokenizer_token: a NULL argument");
-  if (!text_table_has(&t->vocab, id)) return wane_fail(WANE_E_NOTFOUND, "no token has the id %lld: ids run from 0 to %lld", (long long)id, (long long)t->vocab.ids - 1);
+  if (!text_table_has(&t->vocab, id))
+    return wane_fail(WANE_E_NOTFOUND, "no token has the id %lld: ids run from 0 to %lld", (long long)id, (long long)t->vocab.ids - 1);
   const text_added *a = text_added_of(t, (int32_t)id);
   *text = text_table_get(&t->vocab, (int32_t)id, bytes);
   *flags = a ? a->flags : 0;
@@ -338,7 +339,7 @@ static int cut_added(encoder *e, const char *s, size_t n, int at_start, int norm
     if (a->flags & WANE_TOKEN_LSTRIP) { start = space_before(s, start); if (start < done) start = done; }
     if (a->flags & WANE_TOKEN_RSTRIP) stop = space_behind(s, n, stop);
     if (done < start) status = encode_gap(e, s + done, start - done, at_start && done == 0, normalized);
-    if (!status) status = emit_added(e, a, s + start, stop > start ? stop - start : 0);
+    if (!status && stop > start) status = emit_added(e, a, s + start, stop - start);
     done = stop;
   }
   if (!status && done != n) status = encode_gap(e, s + done, n - done, at_start && done == 0, normalized);
@@ -441,7 +442,8 @@ int64_t wane_encoding_count(const wane_encoding *e) { return e ? (int64_t)e->n :
 const int32_t *wane_encoding_ids(const wane_encoding *e) { return e ? e->ids : NULL; }
 
 int wane_encoding_token(const wane_encoding *e, const wane_tokenizer *t, int64_t i, const char **text, size_t *bytes) {
-  if (!e || !t || !text || !bytes || i < 0 || (size_t)i >= e->n) return wane_fail(WANE_E_ARG, "token %lld of %lld", (long long)i, (long long)wane_encoding_count(e));
+  if (!e || !t || !text || !bytes || i < 0 || (size_t)i >= e->n)
+    return wane_fail(WANE_E_ARG, "token %lld of %lld", (long long)i, (long long)wane_encoding_count(e));
   size_t low = 0, high = e->shown_n;
   while (low < high) {
     size_t middle = (low + high) / 2;

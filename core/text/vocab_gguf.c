@@ -204,7 +204,8 @@ static int pair(reader *r) {
   int status = get_string(r, &r->key);
   if (!status) status = get(r, &type, 4);
   if (status) return status;
-  if (type >= TYPES) return wane_fail(WANE_E_FORMAT, "%.*s: key '%.*s' has the unknown type %u", SHOWN, r->path, (int)(r->key.n < 60 ? r->key.n : 60), r->key.data, type);
+  if (type >= TYPES)
+    return wane_fail(WANE_E_FORMAT, "%.*s: key '%.*s' has the unknown type %u", SHOWN, r->path, (int)(r->key.n < 60 ? r->key.n : 60), r->key.data, type);
   if (text_table_find(&r->names, r->key.data, r->key.n) >= 0)
     return wane_fail(WANE_E_FORMAT, "%.*s: the key '%.*s' is there twice", SHOWN, r->path, (int)(r->key.n < 60 ? r->key.n : 60), r->key.data);
   status = text_table_add(&r->names, (int64_t)r->names.ids, r->key.data, r->key.n);

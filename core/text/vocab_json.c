@@ -13,7 +13,7 @@
 
 enum { DEPTH_LIMIT = 64, PIECE = 1 << 16, PATH_SHOWN = 200 };
 /* Where in the document the parser stands. */
-enum where { REST, VOCAB, MERGES, MERGE_PAIR, ADDED, ADDED_ITEM, DECODER, DECODER_ITEM, SKIP };
+enum where { REST, VOCAB, MERGES, MERGE_PAIR, ADDED, ADDED_ITEM, DECODER, DECODER_ITEM, SKIP, PLACES };
 
 typedef struct block { struct block *next, *prev; } block;
 typedef struct reader {
@@ -106,8 +106,10 @@ static int value(reader *r, const char *text, size_t n) {
 static int is_key(const reader *r, const char *name) { return r->key.n == strlen(name) && !memcmp(r->key.data, name, r->key.n); }
 
 static int unexpected(reader *r, const char *found) {
-  static const char *const place[] = { "", "model.vocab", "model.merges", "model.merges", "added_tokens", "added_tokens", "added_tokens_decoder", "added_tokens_decoder", "" };
-  return stop(r, wane_fail(WANE_E_FORMAT, "%s in %s after the key '%.*s'", found, place[r->where], (int)(r->key.n < 40 ? r->key.n : 40), r->key.n ? r->key.data : ""));
+  static const char *const place[PLACES] = { [VOCAB] = "model.vocab", [MERGES] = "model.merges", [MERGE_PAIR] = "model.merges", [ADDED] = "added_tokens",
+                                       [ADDED_ITEM] = "added_tokens", [DECODER] = "added_tokens_decoder", [DECODER_ITEM] = "added_tokens_decoder" };
+  const char *where = place[r->where] ? place[r->where] : "the file";
+  return stop(r, wane_fail(WANE_E_FORMAT, "%s in %s after the key '%.*s'", found, where, (int)(r->key.n < 40 ? r->key.n : 40), r->key.n ? r->key.data : ""));
 }
 
 /* ---------------------------------------------------------------- added tokens */

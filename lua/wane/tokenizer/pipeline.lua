@@ -55,10 +55,9 @@ local function pattern_of(object)
 end
 
 --- Cuts by a pattern in Oniguruma's syntax that this file states.
-local function split_by(b, pattern, behavior, invert)
-  b:step(C.WANE_STEP_SPLIT, assert(regex.translate(pattern)), nil, bit.bor(C.WANE_STEP_REGEX, behavior, invert and C.WANE_SPLIT_INVERT or 0))
+local function split_by(b, pattern, behavior)
+  b:step(C.WANE_STEP_SPLIT, assert(regex.translate(pattern)), nil, bit.bor(C.WANE_STEP_REGEX, behavior))
 end
-M.split_by = split_by
 
 local function behavior_of(object, default)
   local name = field(object, "behavior", "string", default)
@@ -130,7 +129,9 @@ function pre_tokenizers.Metaspace(b, o)
   end
   if field(o, "split", "boolean", true) then b:step(C.WANE_STEP_SPLIT, mark, nil, C.WANE_SPLIT_MERGED_WITH_NEXT) end
 end
-function pre_tokenizers.Whitespace(b) split_by(b, [[\w+|[^\w\s]+]], C.WANE_SPLIT_REMOVED, true) end
+function pre_tokenizers.Whitespace(b)
+  b:step(C.WANE_STEP_SPLIT, regex.WHITESPACE, nil, bit.bor(C.WANE_STEP_REGEX, C.WANE_SPLIT_REMOVED, C.WANE_SPLIT_INVERT))
+end
 function pre_tokenizers.WhitespaceSplit(b) split_by(b, [[\s]], C.WANE_SPLIT_REMOVED) end
 function pre_tokenizers.Punctuation(b, o) split_by(b, [=[[\p{P}!-/:-@\[-`{-~]]=], behavior_of(o, "Isolated")) end
 function pre_tokenizers.CharDelimiterSplit(b, o) b:step(C.WANE_STEP_SPLIT, field(o, "delimiter", "string"), nil, C.WANE_SPLIT_REMOVED) end

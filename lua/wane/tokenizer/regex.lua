@@ -9,13 +9,19 @@ local SPACE = [[\t-\r \x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{20
 local NOT_SPACE = [[\x{0}-\x{8}\x{e}-\x{1f}\x{21}-\x{84}\x{86}-\x{9f}\x{a1}-\x{167f}\x{1681}-\x{1fff}\x{200b}-\x{2027}]] ..
   [[\x{202a}-\x{202e}\x{2030}-\x{205e}\x{2060}-\x{2fff}\x{3001}-\x{10ffff}]]
 -- Alphabetic, M, Nd, Pc: what of Alphabetic is neither L, M nor Nl are circled and squared letters.
-local WORD = [[\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189}]]
+local ALPHABETIC_WORD = [[\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{24b6}-\x{24e9}\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189}]]
+-- Oniguruma's \w counts Latin-1's superscripts and fractions too.
+local WORD = ALPHABETIC_WORD .. [[\x{b2}\x{b3}\x{b9}\x{bc}-\x{be}]]
 local HEX = "0-9A-Fa-f"
 local BOUNDARY = ("(?:(?<=[%s])(?![%s])|(?<![%s])(?=[%s]))"):format(WORD, WORD, WORD, WORD)
 
 -- Escapes that stand for a set: inside a class, and outside. W and H have no list of their own inside a class.
 local sets = {
   s = SPACE, S = NOT_SPACE, d = [[\p{Nd}]], D = [[\P{Nd}]], w = WORD, h = HEX,
+}
+local posix = {
+  space = SPACE, punct = [[\p{P}\p{S}]], word = WORD, digit = [[\p{Nd}]], xdigit = HEX, cntrl = [[\p{Cc}]], ascii = [[\x{0}-\x{7f}]],
+  alpha = [[\p{Alphabetic}]], alnum = [[\p{Alphabetic}\p{Nd}]], upper = [[\p{Uppercase}]], lower = [[\p{Lowercase}]],
 }
 local negated = { S = "[^" .. SPACE .. "]", W = "[^" .. WORD .. "]", H = "[^" .. HEX .. "]" }
 local same = { n = "\\n", r = "\\r", t = "\\t", f = "\\f", a = "\\a", e = "\\e", v = "\\x{b}" }
@@ -61,8 +67,10 @@ local parse_class
 local function member(p, i, first)
   local c = p:sub(i, i)
   if c == "[" then
-    local posix, last = p:match("^(%[:%^?%a+:%])()", i)
-    if posix then return posix, nil, last end
+    local name, last = p:match("^%[:(%^?%a+):%]()", i)
+    if name == "^space" then return NOT_SPACE, nil, last end
+    if name and not posix[name] then refuse(p, i, "[:" .. name .. ":]") end
+    if name then return posix[name], nil, last end
     local flat, whole, stop = parse_class(p, i)
     return flat, whole, stop
   end
@@ -197,6 +205,10 @@ local function translate(p)
   end
   return table.concat(out)
 end
+
+--- The pattern of the pre-tokenizer Whitespace, for PCRE2: upstream runs it in Rust's regex crate, whose \w has Join_Control and
+-- no superscripts.
+M.WHITESPACE = ("[%s\\x{200c}\\x{200d}]+|[^%s\\x{200c}\\x{200d}%s]+"):format(ALPHABETIC_WORD, ALPHABETIC_WORD, SPACE)
 
 --- Translates a pattern.
 -- @param pattern string in Oniguruma's syntax
