@@ -103,6 +103,11 @@ static int64_t count_of(int ndim, const int64_t *shape) {
   return n;
 }
 
+/* Scales of a tensor: one a row (also of empty rows), or one a block. */
+static int64_t scale_count(int kind, int64_t rows, int64_t cols, int block_size) {
+  return kind == WANE_INT8 ? rows : wane_quant_absmax_count(kind, rows * cols, cols, block_size);
+}
+
 static const char *const part_names[WANE_PARTS] = { "codes", "absmax", "nested_absmax", "nested_code", "code", "offset" };
 
 /* One part against the dtype and the number of values it must have. dtype < 0: any plain one, for codes; `count` is then bytes. */
@@ -118,7 +123,7 @@ static int check_part(int kind, int part, const wane_tensor *t, int dtype, int64
 
 /* All parts of a kind; *used gets a bit for each part that the kind has. */
 static int check_parts(int kind, int64_t rows, int64_t cols, int block_size, wane_tensor *const *part, unsigned *used) {
-  int64_t n = rows * cols, block = wane_gguf_block(kind), nb = wane_quant_absmax_count(kind, n, cols, block_size);
+  int64_t n = rows * cols, block = wane_gguf_block(kind), nb = scale_count(kind, rows, cols, block_size);
   int nested = wane_is_4bit(kind) && part[WANE_PART_NESTED_ABSMAX] != NULL, status;
   *used = 1u << WANE_PART_CODES;
   if (block) {
@@ -289,7 +294,7 @@ int wane_quantize(wane_stream *s, wane_handle *out, const wane_handle *h, int dt
   matrix_of(x->ndim, x->shape, &rows, &cols);
   if (dtype == WANE_INT8) block_size = 0;
   unsigned used = 1u << WANE_PART_CODES | 1u << WANE_PART_ABSMAX;
-  int64_t bytes = wane_quant_code_bytes(dtype, rows * cols), nb = wane_quant_absmax_count(dtype, rows * cols, cols, block_size);
+  int64_t bytes = wane_quant_code_bytes(dtype, rows * cols), nb = scale_count(dtype, rows, cols, block_size);
   int flat = wane_is_4bit(dtype); /* 8-bit codes have x's own shape */
   if (!(part[WANE_PART_CODES] = make_shaped(s, &hold[0], dtype == WANE_INT8 ? WANE_I8 : WANE_U8, bytes, flat ? 1 : x->ndim, flat ? &bytes : x->shape)) ||
       !(part[WANE_PART_ABSMAX] = make_part(s, &hold[1], WANE_F32, nb))) status = WANE_E_MEMORY;
