@@ -1,0 +1,184 @@
+-- A real model, SmolLM2-135M-Instruct from its GGUF, against what transformers + bitsandbytes compute from the same file
+-- (spec/fixtures/make/real.py). Skipped where the file was not fetched.
+local cjson = require "cjson"
+local ffi = require "ffi"
+local core = require "wane.core"
+local F = require "wane.nn.functional"
+local wane = require "wane"
+local C = core.C
+
+local function model_path()
+  local given = os.getenv "WANE_DEMO_MODEL"
+  if given then return given end
+  local pipe = io.popen "ls .cache/models/*.gguf 2>/dev/null"
+  local path = pipe:read "*l"
+  pipe:close()
+  return path
+end
+
+local function read(path)
+  local f = io.open(path, "rb")
+  if not f then return nil end
+  local text = f:read "*a"
+  f:close()
+  return text
+end
+
+local path = model_path()
+local golden = cjson.decode(read "spec/fixtures/real/smol135.json")
+local text = read "/usr/share/common-licenses/Apache-2.0"
+
+local schemes = {
+  f32 = { ppl = 5e-4 },
+  nf4 = { quant = { type = "nf4", double_quant = true }, ppl = 5e-4 },
+  fp4 = { quant = { type = "fp4", double_quant = true }, ppl = 5e-4 },
+  -- The golden figures round weights only; that is threshold < 0 here. LLM.int8() rounds activations too: 1 % is allowed.
+  int8 = { quant = { type = "int8", threshold = -1 }, ppl = 5e-4 },
+}
+
+describe("SmolLM2-135M #real", function()
+  if not path then
+    pending("needs the model: scripts/fetch-model")
+    return
+  end
+
+  for _, name in ipairs { "f32", "nf4", "fp4", "int8" } do
+    local scheme = schemes[name]
+    describe(name, function()
+      local model, tok
+
+      setup(function() model, tok = assert(wane.load(path, { quant = scheme.quant, compute = "f32" })) end)
+      teardown(function() if model then model:close() end end)
+
+      it("generates the same ids, up to the first near-tie", function()
+        local checked = 0
+        for _, g in ipairs(golden.gen[name]) do
+          assert.same(g.prompt_ids, tok:encode(g.prompt))
+          local ids = model:generate({ g.prompt_ids }, { max_new_tokens = #g.ids, ignore_eos = true })[1]
+          for step, want in ipairs(g.ids) do
+            if g.gaps[step] < 2e-3 then break end
+            assert.equal(want, ids[step], ("'%s', step %d"):format(g.prompt, step))
+            checked = checked + 1
+          end
+        end
+        print(("  %s: %d generated ids equal"):format(name, checked))
+        assert.is_true(checked > 60)
+      end)
+
+      it("gives the same scores after the first prompt", function()
+        local g = golden.logits[name]
+        local values = F.read(model:forward({ g.ids }, { last = 1 }), "float")
+        local worst = 0
+        for i, want in ipairs(g.last) do worst = math.max(worst, math.abs(values[i - 1] - want)) end
+        print(("  %s: last logits, largest difference %.2g of about 20"):format(name, worst))
+        assert.is_true(worst <= (name == "f32" and 1e-3 or 2e-2))
+      end)
+
+      it("has the same perplexity on the licence text", function()
+        if not text then return pending "needs Debian's common-licenses" end
+        local ids = tok:encode(text)
+        local p = golden.ppl[name]
+        local r = wane.evaluate.perplexity(model, ids, { convention = "hf", ctx = p.ctx, max_windows = p.windows })
+        print(("  %s: perplexity %.4f, transformers' %.4f, relative difference %.1e"):format(name, r.perplexity, p.ppl, math.abs(r.perplexity / p.ppl - 1)))
+        assert.equal(p.tokens, r.tokens)
+        assert.is_true(math.abs(r.perplexity / p.ppl - 1) <= scheme.ppl)
+      end)
+    end)
+  end
+
+  it("LLM.int8() with outlier columns stays within 1 % of the perplexity", function()
+    if not text then return pending "needs Debian's common-licenses" end
+    local model, tok = assert(wane.load(path, { quant = "int8", compute = "f32" }))
+    local p = golden.ppl.int8
+    local r = wane.evaluate.perplexity(model, tok:encode(text), { ctx = p.ctx, max_windows = 2 })
+    local weight_only = assert(wane.load(path, { quant = { type = "int8", threshold = -1 }, compute = "f32", tokenizer = false }))
+    local base = wane.evaluate.perplexity(weight_only, tok:encode(text), { ctx = p.ctx, max_windows = 2 })
+    print(("  LLM.int8(): perplexity %.4f, weights alone %.4f"):format(r.perplexity, base.perplexity))
+    assert.is_true(math.abs(r.perplexity / base.perplexity - 1) <= 0.01)
+    model:close()
+    weight_only:close()
+  end)
+
+  it("bf16 products cost less than 0.5 % of perplexity against exact ones (nf4)", function()
+    if not text then return pending "needs Debian's common-licenses" end
+    local model, tok = assert(wane.load(path, { quant = { type = "nf4", double_quant = true }, compute = "bf16" }))
+    local ids = tok:encode(text)
+    local fast = wane.evaluate.perplexity(model, ids, { ctx = 512, max_windows = 1 })
+    local exact = wane.evaluate.perplexity(model:set_compute "f32", ids, { ctx = 512, max_windows = 1 })
+    print(("  nf4: perplexity with bf16 products %.4f, exact %.4f"):format(fast.perplexity, exact.perplexity))
+    assert.is_true(math.abs(fast.perplexity / exact.perplexity - 1) <= 0.005)
+    model:close()
+  end)
+
+  it("streams the same text that generate gives, whole characters only", function()
+    local model, tok = assert(wane.load(path, { quant = "nf4" }))
+    local o = { max_new_tokens = 40, ignore_eos = true }
+    local pieces = {}
+    for piece in model:stream(tok, "Écris « été » :", o) do pieces[#pieces + 1] = piece end
+    local ids = model:generate({ tok:encode "Écris « été » :" }, o)[1]
+    assert.equal(tok:decode(ids, { skip_special_tokens = true }), table.concat(pieces))
+    model:close()
+  end)
+
+  it("stays within its memory: quantized size + 64 MB while loading, nothing more per token, nothing per load", function()
+    local function kb(key)
+      return tonumber(read("/proc/self/status"):match(key .. ":%s*(%d+)"))
+    end
+    -- A process of its own, because the peak of this one has seen other tests.
+    local script = ([[
+      package.path = "./lua/?.lua;./lua/?/init.lua;" .. package.path
+      local wane = require "wane"
+      local model, tok = assert(wane.load(%q, { quant = { type = "nf4", double_quant = true } }))
+      io.write(model:memory_footprint(), " ", wane.memory().rss_peak, "\n")
+    ]]):format(path)
+    local name = os.tmpname()
+    local f = io.open(name, "w")
+    f:write(script)
+    f:close()
+    local pipe = io.popen("luajit " .. name)
+    local footprint, peak = pipe:read("*n", "*n")
+    pipe:close()
+    os.remove(name)
+    print(("  loading to nf4: model %.1f MB, peak memory of the process %.1f MB"):format(footprint / 1e6, peak / 1e6))
+    if not os.getenv "WANE_TEST_LUA" then assert.is_true(peak <= footprint + 64e6) end
+
+    local model, tok = assert(wane.load(path, { quant = "nf4" }))
+    local run = require("wane.generate").start(model, { tok:encode "Once upon a time" }, { max_new_tokens = 300, ignore_eos = true })
+    for _ = 1, 50 do run:next() end
+    collectgarbage() collectgarbage()
+    local early = kb "VmRSS"
+    for _ = 51, 300 do run:next() end
+    collectgarbage() collectgarbage()
+    local late = kb "VmRSS"
+    run:close()
+    local cache = 30 * 2 * 3 * 64 * 2 * 250 / 1024     -- layers, k and v, heads, width, bytes, tokens: the cache itself
+    print(("  RSS after 50 tokens %d kB, after 300 %d kB (the cache's own growth: %d kB)"):format(early, late, cache))
+    assert.is_true(late - early < cache + 1500)
+    model:close()
+  end)
+end)
+
+describe("loading over and over", function()
+  it("100 loads leave memory where it was", function()
+    local m = ffi.new "wane_memory"
+    local function cycle(n)
+      for _ = 1, n do
+        local model = assert(wane.load("spec/fixtures/models/llama", { quant = "nf4", tokenizer = false }))
+        model:generate({ { 1, 2, 3 } }, { max_new_tokens = 2, ignore_eos = true })
+        model:close()
+      end
+      collectgarbage()
+      collectgarbage()
+      core.wait()
+      C.wane_memory_read(m)
+      return tonumber(m.heap), tonumber(m.rss), tonumber(m.tensors)
+    end
+    cycle(10)
+    local heap, rss, tensors = cycle(10)
+    local heap2, rss2, tensors2 = cycle(100)
+    print(("  100 loads: heap %+d bytes, RSS %+d kB"):format(heap2 - heap, (rss2 - rss) / 1024))
+    assert.equal(tensors, tensors2)
+    assert.is_true(heap2 - heap < 64 * 1024)
+    if not os.getenv "WANE_TEST_LUA" then assert.is_true(rss2 - rss < 4e6) end
+  end)
+end)
