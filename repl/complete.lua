@@ -15,7 +15,8 @@ local function collect(value, into)
       if type(key) == "string" and key:find "^[%a_][%w_]*$" and into[key] == nil then into[key] = type(field) end
     end
     local meta = getmetatable(value)
-    value = type(meta) == "table" and rawget(meta, "__index") or nil
+    local index = type(meta) == "table" and rawget(meta, "__index") or nil
+    value = type(index) == "function" and meta or index           -- a class whose __index is a function holds its methods itself
   end
   if type(value) == "string" then collect(string, into) end
 end

@@ -43,7 +43,8 @@ local function list_functions(value)
       end
     end
     local meta = getmetatable(value)
-    value = type(meta) == "table" and rawget(meta, "__index") or nil
+    local index = type(meta) == "table" and rawget(meta, "__index") or nil
+    value = type(index) == "function" and meta or index           -- a class whose __index is a function holds its methods itself
   end
   table.sort(found)
   local lines = {}

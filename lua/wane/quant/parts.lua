@@ -17,7 +17,7 @@ local numbers = {
 --- Adds the part fields and `dequantize` to the Tensor class.
 -- @param Tensor table the class
 function M.register(Tensor)
-  local info, lookup = core.info_type(), Tensor.__index
+  local info = core.info_type()
 
   local function part(tensor, number)
     core.check(C.wane_tensor_info(rawget(tensor, "h"), info))
@@ -29,11 +29,8 @@ function M.register(Tensor)
     return Tensor.wrap(h)
   end
 
-  Tensor.__index = function(tensor, key)
-    local number = numbers[key]
-    if number then return part(tensor, number) end
-    if type(lookup) == "table" then return lookup[key] end
-    return lookup(tensor, key)
+  for name, number in pairs(numbers) do
+    Tensor.fields[name] = function(tensor) return part(tensor, number) end
   end
 
   --- The values of a quantized tensor as plain floats. f32 is exact; the 16-bit types are that, rounded once more.
