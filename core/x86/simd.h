@@ -29,6 +29,9 @@ static inline __attribute__((unused)) __m512i wane_cvtps_epi32(__m512 v) {
   return wane_join(_mm256_cvtps_epi32(_mm256_castsi256_ps(WANE_LOW(u))), _mm256_cvtps_epi32(_mm256_castsi256_ps(WANE_HIGH(u))));
 }
 #endif
+#ifndef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, imm8) simde_mm512_shuffle_f32x4(a, b, imm8)
+#endif
 #ifndef _mm512_srai_epi32
 #define _mm512_srai_epi32(v, k) wane_join(_mm256_srai_epi32(WANE_LOW(v), k), _mm256_srai_epi32(WANE_HIGH(v), k))
 #endif
