@@ -30,34 +30,32 @@ static int64_t row_bytes(int mode, int64_t K) {
   return mode == INT16 ? (K * 2 + K / CHUNK * 4 + 63) / 64 * 64 : (K * 4 + 63) / 64 * 64;
 }
 
-/* Where value k of a chunk goes. INT16: a chunk is four vectors of 16, high nibbles (even k) first, and the bytes of a vector of
- * sixteen are the halves' eight. EXACT: eight vectors of eight, four from each half. */
-static int place_int16(int k) {
-  int byte = k / 2, half = byte / 16, in = byte % 16;
-  return ((k & 1) * 2 + in / 8) * 16 + half * 8 + in % 8;
-}
+/* Where value k of a chunk goes in EXACT: eight vectors of eight, four from each half, high nibbles (even k) first. */
 static int place_exact(int k) {
   int byte = k / 2, half = byte / 16, in = byte % 16;
   return ((k & 1) * 4 + in / 4) * 8 + half * 4 + in % 4;
 }
 
-/* x [64] -> int16 in place_int16's order and the factor that turns integers back into x times 1 / LEVEL_MAX. A chunk holding NaN or
- * infinity gets a NaN factor: it must show in the product, and cannot be an integer. */
-static float quantize_chunk(const float *x, int16_t *out) {
-  float most = 0, scale;
-  int finite = 1;
-  for (int i = 0; i < CHUNK; i++) {
-    float magnitude = fabsf(x[i]);
-    if (!(magnitude <= 3.402823466e38f)) finite = 0;
-    most = magnitude > most ? magnitude : most;
+/* Dwords k to k + 15 (two vectors) -> the even ones, the odd ones, in order. */
+WANE_INLINE void split(const __m256i *d, __m256i *even, __m256i *odd) {
+  __m256 a = _mm256_castsi256_ps(d[0]), b = _mm256_castsi256_ps(d[1]);
+  *even = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xd8);
+  *odd = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8);
+}
+
+/* x [64] -> int16 in INT16's order: four vectors of sixteen, even k first (high nibbles), eight from each half. Returns the factor that
+ * turns the products of whole numbers back into x times level. */
+WANE_INLINE float quantize_chunk(const void *x, int dtype, int64_t at, int16_t *out) {
+  __m256i d[8], even[2], odd[2];
+  float factor = avx2_quantize64(x, dtype, at, X_MAX, d);
+  for (int g = 0; g < 2; g++) {
+    split(d + 2 * g, &even[0], &odd[0]);
+    split(d + 4 + 2 * g, &even[1], &odd[1]);
+    __m256i *w = (__m256i *)(void *)out;
+    w[g] = _mm256_permute4x64_epi64(_mm256_packs_epi32(even[0], even[1]), 0xd8);
+    w[2 + g] = _mm256_permute4x64_epi64(_mm256_packs_epi32(odd[0], odd[1]), 0xd8);
   }
-  if (!finite || most < 1e-35f) {                 /* the reciprocal below must stay finite */
-    memset(out, 0, CHUNK * 2);
-    return finite ? 0.0f : NAN;
-  }
-  scale = X_MAX / most;
-  for (int i = 0; i < CHUNK; i++) out[place_int16(i)] = (int16_t)lrintf(x[i] * scale);
-  return most / X_MAX / LEVEL_MAX;
+  return factor / LEVEL_MAX;
 }
 
 static void prepare(const wane_op *op, uint32_t chunk) {
@@ -72,9 +70,12 @@ static void prepare(const wane_op *op, uint32_t chunk) {
     const char *row = (const char *)a.x + m * a.K * size;
     char *out = (char *)a.work + m * stride;
     for (int64_t k = 0; k < a.K; k += CHUNK) {
+      if (mode == INT16) {
+        ((float *)(void *)(out + a.K * 2))[k / CHUNK] = quantize_chunk(row, a.dtype, k, (int16_t *)(void *)out + k);
+        continue;
+      }
       avx2_widen(row + k * size, a.dtype, CHUNK, x);
-      if (mode == EXACT) for (int i = 0; i < CHUNK; i++) ((float *)(void *)out)[k + place_exact(i)] = x[i];
-      else ((float *)(void *)(out + a.K * 2))[k / CHUNK] = quantize_chunk(x, (int16_t *)(void *)out + k);
+      for (int i = 0; i < CHUNK; i++) ((float *)(void *)out)[k + place_exact(i)] = x[i];
     }
   }
 }
@@ -153,7 +154,7 @@ static tables tables_of(int dtype) {
   return t;
 }
 
-/* The 64 levels of a chunk as int16, in place_int16's order. */
+/* The 64 levels of a chunk as int16, in quantize_chunk's order. */
 WANE_INLINE void decode_int16(const uint8_t *q, const tables *t, __m256i *w) {
   const __m256i mask = _mm256_set1_epi8(15);
   __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)q);
@@ -290,4 +291,6 @@ static void rows(const wane_op *op, uint32_t chunk) {
 void avx2_register_4bit(wane_backend *b) {
   b->ops[WANE_OP_LINEAR_PREPARE + WANE_GROUP_4BIT] = prepare;
   b->ops[WANE_OP_LINEAR_ROWS + WANE_GROUP_4BIT] = rows;
+  b->ops[WANE_OP_LINEAR_PACK + WANE_GROUP_4BIT] = avx2_pack_4bit;
+  b->ops[WANE_OP_LINEAR_MANY + WANE_GROUP_4BIT] = avx2_many_4bit;
 }

@@ -21,6 +21,30 @@ WANE_INLINE __m256 avx2_load(const void *p, int dtype, int64_t i) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
+/* Sixty-four values as whole numbers of at most `most` in magnitude: d[i] holds values 8i to 8i + 7. Returns the factor that turns
+ * them back. A block holding NaN or infinity gives zeros and a NaN factor: it must show in the product, and cannot be a whole number. */
+WANE_INLINE float avx2_quantize64(const void *x, int dtype, int64_t at, int most, __m256i *d) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i top = _mm256_setzero_si256();
+  __m256 v[8];
+  for (int i = 0; i < 8; i++) {
+    v[i] = avx2_load(x, dtype, at + 8 * i);
+    top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
+  }
+  top = _mm256_max_epi32(top, _mm256_permute4x64_epi64(top, 0x4e));
+  top = _mm256_max_epi32(top, _mm256_shuffle_epi32(top, 0x4e));
+  top = _mm256_max_epi32(top, _mm256_shuffle_epi32(top, 0xb1));
+  uint32_t bits = (uint32_t)_mm256_cvtsi256_si32(top);
+  float largest = wane_bits_float(bits);
+  if (bits >= 0x7f800000u || largest < 1e-35f) {                  /* the reciprocal below must stay finite */
+    for (int i = 0; i < 8; i++) d[i] = _mm256_setzero_si256();
+    return bits >= 0x7f800000u ? wane_bits_float(0x7fc00000u) : 0.0f;
+  }
+  __m256 scale = _mm256_set1_ps((float)most / largest);
+  for (int i = 0; i < 8; i++) d[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], scale));
+  return largest / (float)most;
+}
+
 /* out[i] = x[i] as f32, i < n. */
 void avx2_widen(const void *x, int dtype, int64_t n, float *out);
 
@@ -42,7 +66,10 @@ void avx2_pack(const wane_op *op, uint32_t chunk);
 void avx2_many(const wane_op *op, uint32_t chunk);
 void avx2_back_pack(const wane_op *op, uint32_t chunk);
 void avx2_back(const wane_op *op, uint32_t chunk);
-/* Fills the four slots of a group with them. */
+/* 4-bit weights with int16 products where the compute mode allows them (avx2_many16.c), else the same. */
+void avx2_pack_4bit(const wane_op *op, uint32_t chunk);
+void avx2_many_4bit(const wane_op *op, uint32_t chunk);
+/* Fills the four slots of a group with the f32 ones. */
 void avx2_register_many(wane_backend *b, int group);
 /* Writes a panel's tiles to y: tokens [m, m + tokens), rows [n, n + count) of W; c [groups of 6][6][16]. */
 void avx2_write_panel(const wane_linear_args *a, const float *c, int64_t m, int64_t tokens, int64_t n, int64_t count);
