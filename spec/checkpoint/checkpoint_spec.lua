@@ -1,0 +1,299 @@
+-- Checkpoints: folders and their names, bitsandbytes' layouts read and written, and what is said about folders that are broken.
+local checkpoint = require "wane.checkpoint"
+local json = require "wane.checkpoint.json"
+local loader = require "wane.loader"
+local names = require "wane.checkpoint.names"
+local quantized = require "wane.checkpoint.quantized"
+local files = require "support.files"
+
+local golden = "spec/fixtures/quant/checkpoints/"
+local folder
+
+-- Largest relative (Frobenius) error of the dequantized weights of a folder against its source.
+local function largest_error(path, source)
+  local q, s = assert(checkpoint.open(path)), assert(checkpoint.open(source))
+  local worst, count = 0, 0
+  for _, name in ipairs(q:names()) do
+    local e = q:find(name)
+    if e.quant then
+      local x, n = files.floats(assert(loader.load(q, { { entry = e, dtype = "f32" } }))[1])
+      local y, m = files.floats(assert(loader.load(s, { { entry = s:find(name), dtype = "f32" } }))[1])
+      assert.equal(m, n)
+      local d, w = 0, 0
+      for i = 0, n - 1 do d, w = d + (x[i] - y[i]) ^ 2, w + y[i] ^ 2 end
+      worst, count = math.max(worst, math.sqrt(d / w)), count + 1
+    end
+  end
+  return worst, count
+end
+
+local function differing(a, b)
+  assert.equal(#a, #b)
+  local n = 0
+  for i = 1, #a do if a:byte(i) ~= b:byte(i) then n = n + 1 end end
+  return n
+end
+
+describe("checkpoint", function()
+  setup(function() folder = files.folder() end)
+  teardown(files.clean)
+
+  describe("names", function()
+    it("are found under every spelling, canonical ones first", function()
+      assert.same({ "model.norm.weight", "norm.weight", "module.model.norm.weight", "module.norm.weight" }, names.spellings("llama", "model.norm.weight"))
+      assert.same({ "embed_out.weight", "lm_head.weight", "module.embed_out.weight", "module.lm_head.weight" }, names.spellings("gpt_neox", "embed_out.weight"))
+      assert.same({ "x.weight", "module.x.weight" }, names.spellings("of my own", "x.weight"))
+    end)
+
+    it("become canonical", function()
+      assert.equal("embed_out.weight", names.canonical("gpt_neox", "lm_head.weight", false))
+      assert.equal("model.layers.0.mlp.up_proj.weight", names.canonical("llama", "layers.0.mlp.up_proj.weight", true))
+      assert.equal("lm_head.weight", names.canonical("llama", "module.lm_head.weight", true))
+      assert.equal("model.layers.11.self_attn.k_proj.bias", names.from_gguf("llama", "blk.11.attn_k.bias"))
+      assert.equal("blk.11.attn_k.bias", names.to_gguf("llama", "model.layers.11.self_attn.k_proj.bias"))
+      assert.equal("gpt_neox.layers.3.attention.query_key_value.weight", names.from_gguf("gptneox", "blk.3.attn_qkv.weight"))
+      assert.equal("token_embd.weight", names.to_gguf("gptneox", "gpt_neox.embed_in.weight"))
+      assert.equal("strange.weight", names.from_gguf("llama", "strange.weight"))
+    end)
+
+    it("of buffers are left out, biases are not", function()
+      for _, name in ipairs { "gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias", "model.layers.0.self_attn.rotary_emb.inv_freq",
+                              "rotary_emb.inv_freq" } do assert.is_true(names.is_ignorable(name), name) end
+      for _, name in ipairs { "gpt_neox.layers.0.attention.dense.bias", "gpt_neox.layers.0.input_layernorm.bias", "lm_head.bias" } do
+        assert.is_false(names.is_ignorable(name), name)
+      end
+    end)
+
+    it("of files without the base model's prefix and with a wrapper's", function()
+      local tensors = assert(checkpoint.read_safetensors "spec/fixtures/models/llama/model.safetensors")
+      for _, spelling in ipairs { { "^model%.", "" }, { "^", "module." } } do
+        local renamed = {}
+        for name, t in pairs(tensors) do renamed[(name:gsub(spelling[1], spelling[2]))] = t end
+        renamed["layers.0.self_attn.rotary_emb.inv_freq"] = files.tensor("f32", { 1 }, "1234")
+        assert(checkpoint.write_safetensors(folder .. "/model.safetensors", renamed, { format = "pt" }))
+        files.write(folder .. "/config.json", files.read "spec/fixtures/models/llama/config.json")
+        local c = assert(checkpoint.open(folder))
+        local list = c:names()
+        assert.equal(20, #list)
+        for _, name in ipairs(list) do
+          assert.is_truthy(tensors[name], name)
+          assert.is_true(files.bytes(assert(loader.load(c, { { entry = c:find(name) } }))[1]) == files.bytes(tensors[name]))
+        end
+        assert.same({ missing = { "model.more.weight" }, unexpected = { "model.norm.weight" } }, (function()
+          local wanted = { "model.more.weight" }
+          for _, name in ipairs(list) do if name ~= "model.norm.weight" then wanted[#wanted + 1] = name end end
+          return c:report(wanted)
+        end)())
+      end
+    end)
+  end)
+
+  describe("of bitsandbytes", function()
+    local expected = {
+      { "llama", "nf4-dq-bf16", "source", { nf4 = 14, bf16 = 7 }, 0.1 }, { "llama", "fp4-f32", "source", { fp4 = 14, f32 = 7 }, 0.13 },
+      { "llama", "int8", "source", { int8 = 13, f32 = 8 }, 0.007 }, { "gpt_neox", "nf4-dq-bf16", "source", { nf4 = 8, bf16 = 20 }, 0.1 },
+      { "gpt_neox", "fp4-f32", "source", { fp4 = 8, f32 = 20 }, 0.13 }, { "gpt_neox", "int8", "source", { int8 = 6, f32 = 22 }, 0.007 },
+      { "llama", "nf4-repacked-bf16", "source-repacked", { nf4 = 14, bf16 = 7 }, 0.1 },
+    }
+    for _, case in ipairs(expected) do
+      local path = golden .. case[1] .. "/" .. case[2]
+      local worst, count = largest_error(path, golden .. case[1] .. "/" .. case[3])
+      it(("reads %s/%s: largest relative error of a weight %.5f"):format(case[1], case[2], worst), function()
+        assert.is_true(worst > 0 and worst < case[5])
+        local c = assert(checkpoint.open(path))
+        local requests = {}
+        for i, name in ipairs(c:names()) do requests[i] = { entry = c:find(name) } end
+        for _, io_mode in ipairs { "mmap", "read" } do
+          local dtypes = {}
+          for _, t in ipairs(assert(loader.load(c, requests, { io = io_mode }))) do dtypes[t:dtype()] = (dtypes[t:dtype()] or 0) + 1 end
+          assert.same(case[4], dtypes)
+        end
+        assert.equal(case[4][c.quant.type], count)
+      end)
+    end
+
+    it("knows the scheme of a folder", function()
+      local c = assert(checkpoint.open(golden .. "llama/nf4-dq-bf16"))
+      assert.same({ type = "nf4", block_size = 64, double_quant = true, compute = "bf16" }, c.quant)
+      local e = c:find "model.layers.0.mlp.down_proj.weight"
+      assert.same({ 72, 104 }, e.shape)
+      assert.same({ "nf4", 64, true, "bf16" }, { e.quant.type, e.quant.block_size, e.quant.double_quant, e.quant.dtype })
+      c = assert(checkpoint.open(golden .. "gpt_neox/int8"))
+      assert.same({ type = "int8", threshold = 6.0, skip = { "embed_out", "lm_head", "dense_4h_to_h" } }, c.quant)
+      assert.is_nil(c:find("gpt_neox.layers.0.mlp.dense_4h_to_h.weight").quant)
+    end)
+
+    it("reads the GPT-J-6B-8bit layout with its own map", function()
+      local c = assert(checkpoint.open(golden .. "gptj/blockwise8"))
+      local e = c:find "transformer.h.0.mlp.fc_in.weight"
+      assert.same({ "int8-blockwise", 4096 }, { e.quant.type, e.quant.block_size })
+      local q = assert(loader.load(c, { { entry = e } }))[1]
+      local parts = files.parts(q)
+      assert.equal(-1, require("ffi").cast("const float *", parts[4])[0])
+      -- the value of every element by hand: code[byte] * absmax[element / 4096]
+      local ffi = require "ffi"
+      local values, n = files.floats(assert(loader.load(c, { { entry = e, dtype = "f32" } }))[1])
+      local code, absmax, codes = ffi.cast("const float *", parts[4]), ffi.cast("const float *", parts[1]), ffi.cast("const uint8_t *", parts[0])
+      for i = 0, n - 1 do
+        local x = ffi.new("float[1]", code[codes[i]] * absmax[math.floor(i / 4096)])
+        assert.equal(x[0], values[i])
+      end
+    end)
+
+    -- A golden folder with one tensor changed.
+    local function broken(kind, change)
+      local path = golden .. "llama/" .. kind
+      local tensors, metadata = assert(checkpoint.read_safetensors(path .. "/model.safetensors", { io = "read" }))
+      change(tensors)
+      assert(checkpoint.write_safetensors(folder .. "/model.safetensors", tensors, metadata))
+      files.write(folder .. "/config.json", files.read(path .. "/config.json"))
+      local c = assert(checkpoint.open(folder))
+      return loader.load(c, { { entry = c:find "model.layers.0.mlp.up_proj.weight" } })
+    end
+    local key = "model.layers.0.mlp.up_proj."
+    local function state(text) return files.tensor("u8", { #text }, text) end
+    local state_key = key .. "weight.quant_state.bitsandbytes__nf4"
+    for _, case in ipairs {
+      { "scales missing", "nf4-dq-bf16", function(t) t[key .. "weight.absmax"] = nil end, "is missing" },
+      { "scales of another number", "nf4-dq-bf16", function(t) t[key .. "weight.absmax"] = files.tensor("u8", { 3 }, "abc") end, "asks for" },
+      { "nested scales missing their map", "nf4-dq-bf16", function(t) t[key .. "weight.nested_quant_map"] = nil end, "is missing" },
+      { "a state that is no JSON", "nf4-dq-bf16", function(t) t[state_key] = state "{" end, "no valid JSON" },
+      { "a state without a shape", "nf4-dq-bf16", function(t) t[state_key] = state '{"quant_type": "nf4", "blocksize": 64}' end,
+        "no valid quant_type or shape" },
+      { "a state whose shape lies", "nf4-dq-bf16", function(t)
+        t[state_key] = state '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [1000, 72]}'
+      end, "needs 36000" },
+      { "a block size of 0", "nf4-dq-bf16", function(t)
+        t[state_key] = state '{"quant_type": "nf4", "blocksize": 0, "dtype": "float32", "shape": [104, 72]}'
+      end, "block size" },
+      { "no nested offset", "nf4-dq-bf16", function(t)
+        t[state_key] = state '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [104, 72]}'
+      end, "nested_offset" },
+      { "no state at all", "nf4-dq-bf16", function(t) t[state_key] = nil end, "no quant_state" },
+      { "row scales of another number", "int8", function(t) t[key .. "SCB"] = files.tensor("f32", { 1 }, "1234") end, "asks for 104" },
+      { "a tiled int8 layout", "int8", function(t) t[key .. "weight_format"] = files.tensor("u8", {}, "\2") end, "tiled layout" },
+    } do
+      it("refuses " .. case[1], function()
+        local list, message, code = broken(case[2], case[3])
+        assert.is_nil(list)
+        assert.equal("WANE_E_FORMAT", code)
+        assert.truthy(message:find(case[4], 1, true) and message:find("up_proj", 1, true), message)
+      end)
+    end
+  end)
+
+  describe("written", function()
+    -- Bytes that may differ: codes 0 and 8 of fp4 are both zero, int8 codes at ties (README of the golden data).
+    local cases = {
+      { "llama", "fp4-f32", { type = "fp4" }, 1000 },
+      { "llama", "int8", { type = "int8", skip = { "lm_head", "model.layers.0.self_attn.o_proj" } }, 20 },
+      { "gpt_neox", "fp4-f32", { type = "fp4" }, 2000 },
+      { "gpt_neox", "int8", { type = "int8", skip = { "embed_out", "lm_head", "dense_4h_to_h" } }, 40 },
+    }
+    for _, case in ipairs(cases) do
+      local out = os.tmpname() .. ".out"
+      local ok = checkpoint.write_quantized(out, { checkpoint = assert(checkpoint.open(golden .. case[1] .. "/source")), scheme = case[3] })
+      local ours = ok and files.read(out .. "/model.safetensors") or ""
+      local theirs = files.read(golden .. case[1] .. "/" .. case[2] .. "/model.safetensors")
+      local count = #ours == #theirs and differing(ours, theirs) or -1
+      it(("as upstream writes it: %s/%s, %d of %d bytes differ (zero signs and ties)"):format(case[1], case[2], count, #theirs), function()
+        assert.is_true(count >= 0 and count <= case[4])
+        local header = 8 + theirs:byte(1) + 256 * theirs:byte(2) + 65536 * theirs:byte(3)
+        assert.equal(theirs:sub(1, header), ours:sub(1, header))
+        local a, b = assert(json.read(out .. "/config.json")), assert(json.read(golden .. case[1] .. "/" .. case[2] .. "/config.json"))
+        a.quantization_config.llm_int8_skip_modules, b.quantization_config.llm_int8_skip_modules = nil, nil
+        assert.same(b.quantization_config, a.quantization_config)
+        a.quantization_config, b.quantization_config = nil, nil
+        a.dtype, b.dtype = nil, nil
+        assert.same(b, a)
+        assert.truthy(files.read(out .. "/config.json"):find('"llm_int8_threshold": 6.0', 1, true))
+        os.execute("rm -rf '" .. out .. "'")
+      end)
+    end
+
+    it("with double quantization: read back, bit-equal to quantizing while loading; shards too", function()
+      local source = assert(checkpoint.open "spec/fixtures/gguf/llama-f16.gguf")
+      local scheme = { type = "nf4", double_quant = true, block_size = 32 }
+      for _, most in ipairs { 1e9, 30000 } do
+        local out = folder .. "/nf4-" .. most
+        local seen, last = 0, nil
+        assert(checkpoint.write_quantized(out, { checkpoint = source, scheme = scheme, max_shard_bytes = most, on_tensor = function() seen = seen + 1 end,
+                                                 progress = function(done, total) last = done == total end }))
+        assert.equal(20, seen)
+        assert.is_true(last)
+        local back = assert(checkpoint.open(out))
+        assert.equal(most < 1e6, #back.index:files() > 1)
+        assert.same({ type = "nf4", block_size = 64, double_quant = true, compute = "f32", skip = { "lm_head" } }, back.quant)
+        for _, name in ipairs(source:names()) do
+          local e = back:find(name)
+          local fresh = assert(loader.load(source, { { entry = source:find(name), scheme = name:find "_proj" and scheme or nil } }))[1]
+          local read = assert(loader.load(back, { { entry = e } }))[1]
+          assert.equal(fresh:dtype(), read:dtype())
+          if e.quant then
+            assert.equal(32, e.quant.block_size)
+            local a, b = files.parts(fresh), files.parts(read)
+            for part = 0, 5 do assert.is_true(a[part] == b[part], name .. " part " .. part) end
+          else
+            assert.is_true(files.bytes(fresh) == files.bytes(read), name)
+          end
+        end
+        assert.equal("LlamaForCausalLM", back.config.architectures[1])
+      end
+    end)
+
+    it("refuses what is quantized already", function()
+      local source = assert(checkpoint.open(golden .. "llama/int8"))
+      local ok, message, code = checkpoint.write_quantized(folder .. "/x", { checkpoint = source, scheme = { type = "nf4" } })
+      assert.is_nil(ok)
+      assert.equal("WANE_E_ARG", code)
+      assert.truthy(message:find("quantized already", 1, true))
+    end)
+
+    it("prints numbers and states as Python does", function()
+      for x, text in pairs { [0.1] = "0.1", [1e-5] = "1e-05", [0.12450754642486572] = "0.12450754642486572", [1 / 3] = "0.3333333333333333" } do
+        assert.equal(text, json.number(x, true))
+      end
+      assert.equal("6.0", json.number(6, true))
+      assert.equal('{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [72, 104], "nested_blocksize": 256, "nested_dtype": "float32", '
+        .. '"nested_offset": 0.12450754642486572}',
+        quantized.state_text({ type = "nf4", block_size = 64, dtype = "bf16", shape = { 72, 104 }, double_quant = true }, 0.12450754642486572))
+    end)
+  end)
+
+  describe("folders that are broken", function()
+    local function fails(path, words, code)
+      local c, message, found = checkpoint.open(path)
+      assert.is_nil(c)
+      assert.truthy(message:find(words, 1, true), message)
+      assert.equal(code, found)
+    end
+    local empty
+    before_each(function() empty = files.folder() end)
+
+    it("say what is missing", function()
+      fails(empty, "has no config.json", "WANE_E_NOTFOUND")
+      files.write(empty .. "/config.json", '{"model_type":"llama"}')
+      fails(empty, "no model.safetensors", "WANE_E_NOTFOUND")
+      files.write(empty .. "/pytorch_model.bin", "PK")
+      fails(empty, "save them as safetensors", "WANE_E_UNSUPPORTED")
+      fails(empty .. "/nothing", "No such file", "WANE_E_IO")
+      fails("spec/fixtures/quant/blockwise8.safetensors", "without a config.json beside them", "WANE_E_NOTFOUND")
+    end)
+
+    it("say what is wrong with the config", function()
+      for _, case in ipairs { { "", "is empty" }, { "{", "no valid JSON" }, { "[1", "no valid JSON" }, { "3", "an object was expected" },
+                              { "version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer" } } do
+        files.write(empty .. "/config.json", case[1])
+        fails(empty, case[2], "WANE_E_FORMAT")
+      end
+      files.write(empty .. "/config.json", '{"quantization_config":{"quant_method":"gptq"}}')
+      fails(empty, "gptq", "WANE_E_UNSUPPORTED")
+    end)
+
+    it("take weights by their own path when a config lies beside them", function()
+      local c = assert(checkpoint.open "spec/fixtures/models/llama/model.safetensors")
+      assert.equal("spec/fixtures/models/llama", c.folder)
+      assert.has_error(function() checkpoint.open(7) end)
+    end)
+  end)
+end)
