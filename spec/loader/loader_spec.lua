@@ -282,7 +282,7 @@ describe("loader", function()
       end
       for _, x in ipairs(assert(attempt())) do x:close() end
       local heap, tensors = memory()
-      local n, done = 0, nil
+      local n, done = 0
       repeat
         n = n + 1
         C.wane_fail_allocation(n)
@@ -329,8 +329,10 @@ describe("loader", function()
       local cancel
       local stopper = uv.new_timer()
       stopper:start(1, 0, function() stopper:close() cancel() end)
-      result, _, code = loader.load(c, { { entry = e, scheme = schemes[1] }, { entry = e, scheme = schemes[2] }, { entry = e, scheme = schemes[3] } },
+      local message
+      result, message, code = loader.load(c, { { entry = e, scheme = schemes[1] }, { entry = e, scheme = schemes[2] }, { entry = e, scheme = schemes[3] } },
         { started = function(fn) cancel = fn end })
+      assert.equal(result == nil, message ~= nil)
     end, function(err) assert(not err, err) end)
     uv.run()
     assert.is_truthy(result or code == "WANE_E_CANCELLED")
