@@ -241,6 +241,49 @@ describe("checkpoint", function()
       end
     end)
 
+    it("with the tokenizer of a GGUF file, which gives the same ids", function()
+      local g = files
+      local tokens, types, extra = {}, {}, 256
+      local function utf8(n) return n < 128 and string.char(n) or string.char(0xc0 + math.floor(n / 64), 0x80 + n % 64) end
+      for byte = 0, 255 do                            -- GPT-2's letters for bytes
+        local printable = byte >= 33 and byte <= 126 or byte >= 161 and byte <= 172 or byte >= 174
+        tokens[#tokens + 1] = utf8(printable and byte or extra)
+        if not printable then extra = extra + 1 end
+      end
+      local merges = { "h e", "l l", "he ll", "hell o", utf8(256 + 32) .. " w" }
+      for _, merge in ipairs(merges) do tokens[#tokens + 1] = (merge:gsub(" ", "")) end
+      for i = 1, #tokens do types[i] = g.u32(1) end
+      for _, special in ipairs { "<s>", "</s>" } do
+        tokens[#tokens + 1] = special
+        types[#types + 1] = g.u32(3)
+      end
+      local function strings(list)
+        local out = {}
+        for i, s in ipairs(list) do out[i] = g.gguf_string(s) end
+        return g.u32(8) .. g.u64(#list) .. table.concat(out)
+      end
+      local data = ("\0"):rep(48 * #tokens * 4)
+      local path = g.write(folder .. "/tok.gguf", g.gguf({
+        g.gguf_pair("general.architecture", 8, g.gguf_string "llama"), g.gguf_pair("tokenizer.ggml.model", 8, g.gguf_string "gpt2"),
+        g.gguf_pair("tokenizer.ggml.pre", 8, g.gguf_string "llama-bpe"), g.gguf_pair("tokenizer.ggml.tokens", 9, strings(tokens)),
+        g.gguf_pair("tokenizer.ggml.merges", 9, strings(merges)), g.gguf_pair("tokenizer.ggml.token_type", 9, g.u32(5) .. g.u64(#types) .. table.concat(types)),
+        g.gguf_pair("tokenizer.ggml.bos_token_id", 4, g.u32(#tokens - 2)), g.gguf_pair("tokenizer.ggml.eos_token_id", 4, g.u32(#tokens - 1)),
+        g.gguf_pair("tokenizer.ggml.add_bos_token", 7, "\1"), g.gguf_pair("tokenizer.chat_template", 8, g.gguf_string "{{ 'x\"y' }}\n"),
+      }, { { "token_embd.weight", { 48, #tokens }, 0, 0 } }, data))
+      local out = folder .. "/tok"
+      local result = assert(checkpoint.write_quantized(out, { checkpoint = assert(checkpoint.open(path)), scheme = { type = "nf4" },
+                                                              select = function() return false end }))
+      assert.is_nil(result.tokenizer_error)
+      local tokenizer = require "wane.tokenizer"
+      local a, b = assert(tokenizer.load(path)), assert(tokenizer.load(out))
+      for _, text in ipairs { "hello world", "  hell\n<s> w\195\182 12", "", "</s>\240\159\152\128" } do
+        assert.same(a:encode(text), b:encode(text))
+        assert.same(a:decode(a:encode(text)), b:decode(b:encode(text)))
+      end
+      assert.same({ #tokens - 2, 259 }, b:encode "hello")
+      assert.same({ a.bos_id, a.eos_id, a.chat_template }, { b.bos_id, b.eos_id, b.chat_template })
+    end)
+
     it("refuses what is quantized already", function()
       local source = assert(checkpoint.open(golden .. "llama/int8"))
       local ok, message, code = checkpoint.write_quantized(folder .. "/x", { checkpoint = source, scheme = { type = "nf4" } })

@@ -288,7 +288,7 @@ end
 --   function(name, entry) -> boolean (default: the family's Linear layers outside the skip list), skip = string[]|nil (written into the
 --   config), dtype = nil | "f32" | "f16" | "bf16" (of what is not quantized; default: as stored), max_shard_bytes = 5e9, io,
 --   progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry), cancelled }
--- @return table|nil { bytes = of the input, tensors }, string|nil message, string|nil code
+-- @return table|nil { bytes = of the input, tensors, tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
 function M.write_quantized(dir, opts)
   local ckpt, scheme = opts.checkpoint, {}
   for k, v in pairs(opts.scheme or core.raise "write_quantized: a scheme is needed") do scheme[k] = v end
@@ -323,12 +323,14 @@ function M.write_quantized(dir, opts)
   end
   if ok and ckpt.folder then
     ok, message, code = copy_companions(ckpt.folder, dir)
-  elseif ok and ckpt.generation_config and next(ckpt.generation_config) then
+  elseif ok and next(ckpt.generation_config) then
     ok, message, code = writer.write_text(dir .. "/generation_config.json", json.encode(ckpt.generation_config) .. "\n")
   end
+  local tokenizer_written, tokenizer_error = true, nil
+  if ok and ckpt.format == "gguf" then tokenizer_written, tokenizer_error = require("wane.checkpoint.tokenizer").write(ckpt.index, dir) end
   if ok then ok, message, code = writer.write_text(dir .. "/config.json", config_text(ckpt, scheme, skip, opts.dtype)) end
   if not ok then return nil, message, code end
-  return { bytes = done.bytes, tensors = done.tensors }
+  return { bytes = done.bytes, tensors = done.tensors, tokenizer_error = not tokenizer_written and tokenizer_error or nil }
 end
 
 return M
