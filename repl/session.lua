@@ -20,13 +20,19 @@ Session.__index = Session
 
 -- ---------------------------------------------------------------- code
 
--- Compiles a text: as an expression if it is one, else as statements. Returns chunk, message, whether it was an expression.
+-- Compiles a text as an expression, as statements, or as statements with an expression behind the last ; or newline ("x = f(); x").
+-- Returns chunk, whether it has a value; or nil, message, whether more may follow.
 local function compile(text)
-  local chunk = loadstring("return " .. text, "=input")
-  if chunk then return chunk, nil, true end
-  local message
-  chunk, message = loadstring(text, "=input")
-  return chunk, message, false
+  local chunk, as_expression = loadstring("return " .. text, "=input")
+  if chunk then return chunk, true end
+  local as_statement
+  chunk, as_statement = loadstring(text, "=input")
+  if chunk then return chunk, false end
+  local before, last = text:match "^(.*[;\n])([^;\n]+)$"
+  chunk = before and loadstring(before .. " return " .. last, "=input")
+  if chunk then return chunk, true end
+  local eof = "'?<eof>'?$"
+  return nil, as_statement, as_expression:find(eof) ~= nil or as_statement:find(eof) ~= nil
 end
 
 --- False while the text is the beginning of something longer.
@@ -34,11 +40,8 @@ end
 -- @return boolean
 function M.finished(text)
   if text:find "^%s*%?" then return true end
-  local expression, as_expression = loadstring("return " .. text, "=input")
-  if expression then return true end
-  local chunk, as_statement = loadstring(text, "=input")
-  local eof = "'?<eof>'?$"
-  return chunk ~= nil or not (as_expression:find(eof) or as_statement:find(eof))
+  local chunk, _, unfinished = compile(text)
+  return chunk ~= nil or not unfinished
 end
 
 -- ---------------------------------------------------------------- waiting
@@ -126,9 +129,9 @@ function Session:evaluate(text)
   if asked then return self:help(asked) end
   if not text:find "%S" then return true end
   local quiet = text:find ";%s*$" ~= nil
-  local chunk, message, is_expression = compile((text:gsub(";%s*$", "")))
+  local chunk, has_value = compile((text:gsub(";%s*$", "")))
   if not chunk then
-    self:print_error(message)
+    self:print_error(has_value)                        -- the message, in this case
     return false
   end
   local clock = self.core and self.core.C.wane_clock or os.clock
@@ -138,8 +141,9 @@ function Session:evaluate(text)
   local stopped = terminal.interrupted()
   if stopped then cli.settle() end
   if not ok then
+    if stopped and self.interactive then io.stdout:write "\n" end       -- the terminal shows ^C behind what was printed last
     self:print_error(stopped and "interrupted" or results or "error without a message")
-  elseif is_expression and results.n > 0 then
+  elseif has_value and results.n > 0 then
     self.env._ = results[1]
     if not quiet then
       local ok_show, problem = self:call(function()

@@ -30,6 +30,10 @@ describe("a session on a pipe", function()
     assert.equal(0, status)
   end)
 
+  it("prints the value behind the last semicolon or newline", function()
+    assert.equal("3\n", (piped "x = 3; x\nx = 4; x;\n"))
+  end)
+
   it("takes statements over several lines", function()
     assert.equal("1\n2\n", (piped "for i = 1, 2 do\n  print(i)\nend\n"))
     assert.equal('"a\\nb"\n', (piped "[[a\nb]]\n"))
@@ -122,6 +126,22 @@ describe("a session on a terminal", function()
     p:expect "2004h"
     p:send "'still ' .. 'here'\r"
     p:expect '"still here"'
+  end)
+
+  local model = os.getenv "WANE_DEMO_MODEL" or ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+  it("stops a generation with ctrl-C and goes on with the same model", function()
+    local file = io.open(model)
+    if not file then pending "scripts/fetch-model has not been run" return end
+    file:close()
+    start { columns = 200 }
+    p:send(("model, tok = assert(wane.load('%s', { quant = 'nf4' }))\r"):format(model))
+    p:expect("2004h", 120)
+    p:send "for piece in model:stream(tok, 'Once upon a time', { max_new_tokens = 1500, ignore_eos = true }) do io.write(piece) io.flush() end\r"
+    p:expect("flush%(%) end\27?.-2004l.-%a+ %a+ %a+ ", 120)
+    p:send "\3"
+    p:expect "interrupted"
+    p:send "#model:generate({ { 1, 2, 3 } }, { max_new_tokens = 4 })[1]\r"
+    p:expect("2004l4\r", 120)
   end)
 
   it("ends at the third ctrl-C when code does not stop", function()
