@@ -8,12 +8,12 @@
 #include <string.h>
 #include <unistd.h>
 
-struct wane_writer { char *path, *temporary; int fd; };
+struct wane_writer { char *path, *temporary; int fd; pid_t pid; };
 
 void wane_writer_free(wane_writer *w) {
   if (!w) return;
   if (w->fd >= 0) close(w->fd);
-  if (w->temporary) unlink(w->temporary);
+  if (w->temporary && w->pid == getpid()) unlink(w->temporary);   /* a forked child's finalizer leaves the parent's file alone */
   wane_release(w->temporary);
   wane_release(w->path);
   wane_release(w);
@@ -35,6 +35,7 @@ int wane_writer_open(wane_writer **out, const char *path) {
   wane_writer *w = wane_alloc_zero(sizeof *w, "a writer");
   if (!w) return WANE_E_MEMORY;
   w->fd = -1;
+  w->pid = getpid();
   w->path = wane_copy_string(path);
   char *temporary = w->path ? temporary_name(path) : NULL;
   if (!temporary) { wane_writer_free(w); return WANE_E_MEMORY; }

@@ -56,6 +56,13 @@ describe("checkpoint", function()
       assert.equal("strange.weight", names.from_gguf("llama", "strange.weight"))
     end)
 
+    it("of a family from outside the tree, once it is registered", function()
+      require("wane.models").register { name = "mine", architectures = { "MineForCausalLM" }, prefix = "core", embedding = "core.e", head = "out",
+                                        build = function() end }
+      assert.same({ "core.x.weight", "x.weight", "module.core.x.weight", "module.x.weight" }, names.spellings("mine", "core.x.weight"))
+      assert.equal("core.x.weight", names.canonical("mine", "x.weight", true))
+    end)
+
     it("of buffers are left out, biases are not", function()
       for _, name in ipairs { "gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias", "model.layers.0.self_attn.rotary_emb.inv_freq",
                               "rotary_emb.inv_freq" } do assert.is_true(names.is_ignorable(name), name) end

@@ -202,6 +202,23 @@ describe("GGUF", function()
       assert.equal(table.concat(rows), files.parts(q[2])[0])
     end)
 
+    it("gives rope scaling: stored factors as longrope, the others by name", function()
+      local base = { pair("general.architecture", 8, str "llama"), pair("llama.embedding_length", 4, u32(8)), pair("llama.attention.head_count", 4, u32(1)),
+                     pair("llama.context_length", 4, u32(64)) }
+      local g = assert(checkpoint.open(path_of(files.gguf(base, { { "rope_freqs.weight", { 4 }, 0, 0 } }, f32(1, 2, 4, 8)))))
+      assert.same({ rope_type = "longrope", short_factor = { 1, 2, 4, 8 }, long_factor = { 1, 2, 4, 8 }, attention_factor = 1,
+                    original_max_position_embeddings = 64 }, g.config.rope_scaling)
+      assert.same({}, g:names())
+      local rotary = require "wane.nn.rotary"
+      local inv, scale = rotary.frequencies(rotary.parameters(g.config), 8, 10)
+      assert.equal(1, scale)
+      for j, expected in ipairs { 0.1 / 2, 0.01 / 4, 0.001 / 8 } do assert.near(expected, inv[j], 1e-12) end
+      base[#base + 1] = pair("llama.rope.scaling.type", 8, str "linear")
+      base[#base + 1] = pair("llama.rope.scaling.factor", 6, f32(4))
+      g = assert(checkpoint.open(path_of(files.gguf(base, {}))))
+      assert.same({ rope_type = "linear", factor = 4 }, g.config.rope_scaling)
+    end)
+
     it("says which heads do not fit", function()
       local text = files.gguf({ pair("general.architecture", 8, str "llama"), pair("llama.embedding_length", 4, u32(8)),
                                 pair("llama.attention.head_count", 4, u32(3)), pair("llama.block_count", 4, u32(1)) },

@@ -87,6 +87,15 @@ describe("loader", function()
       end)
     end
 
+    it("takes rows and blocks larger than a chunk", function()
+      local t = tensor_as("f32", { 3, 700001 }, 15)
+      local c = checkpoint_of(t)
+      for _, scheme in ipairs { { type = "int8" }, { type = "int8-blockwise", block_size = 1000003 } } do
+        local list = assert(loader.load(c, { { entry = c:find "w.weight", scheme = scheme } }))
+        assert_same_parts(files.quantize(t, scheme.type, scheme.block_size), list[1], scheme.type)
+      end
+    end)
+
     it("puts rows of heads back while it quantizes, blocks straddling heads", function()
       local heads, size, width = 6, 10, 37            -- a head of 370 values: no multiple of any block
       local t = tensor_as("f32", { heads * size, width }, 21)

@@ -9,11 +9,13 @@ local M = {}
 -- ---------------------------------------------------------------- temporary folders
 
 local folders = {}
+local in_memory = os.execute "test -d /dev/shm -a -w /dev/shm" == 0      -- thousands of small files are quicker there
 
 --- A new empty folder, removed by M.clean().
 function M.folder()
   local path = os.tmpname()
   os.remove(path)
+  if in_memory then path = path:gsub("^/tmp/", "/dev/shm/") end
   assert(os.execute("mkdir -p '" .. path .. "'"))
   folders[#folders + 1] = path
   return path

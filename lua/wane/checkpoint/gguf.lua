@@ -19,7 +19,8 @@ local function either(...)
   end
 end
 
--- "rope.scaling.*" as rope_scaling; llama3's is stored as the tensor of its factors.
+-- "rope.scaling.*" as rope_scaling. llama3's scaling is stored as a tensor of divisors of the frequencies: "longrope" with these for
+-- every length, whose cos and sin are not scaled, says the same.
 local function rope_scaling(ix, get)
   local kind = get "rope.scaling.type"
   local factors = ix:find "rope_freqs.weight"
@@ -29,7 +30,8 @@ local function rope_scaling(ix, get)
     if text then
       local values = require("ffi").cast("const float *", text)
       for i = 0, #text / 4 - 1 do list[i + 1] = values[i] end
-      return { rope_type = "factors", factors = list }
+      return { rope_type = "longrope", short_factor = list, long_factor = list, attention_factor = 1,
+               original_max_position_embeddings = get "context_length" }
     end
   end
   if not kind or kind == "none" then return nil end

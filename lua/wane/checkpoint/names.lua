@@ -11,9 +11,10 @@ local families = {
 
 --- Tells how a family's tensors are called. Families without an entry are read under their files' own names.
 -- @param model_type string
--- @param rules table { prefix = "model", head = "lm_head", heads = { "embed_out" } }
+-- @param rules table { prefix = "model", head = "lm_head", heads = nil | { "embed_out" } }; wane.models.register passes its families here
 function M.register(model_type, rules)
-  families[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or {} }
+  local known = families[model_type]
+  families[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or (known and known.heads) or {} }
 end
 
 -- Buffers that older checkpoints carry and that models make themselves.
@@ -89,8 +90,8 @@ function M.spellings(model_type, name)
     if name:sub(1, #head) == head then
       for _, other in ipairs(family.heads) do list[#list + 1] = other .. "." .. name:sub(#head + 1) end
     end
-    local prefix = family.prefix .. "."
-    if name:sub(1, #prefix) == prefix then list[#list + 1] = name:sub(#prefix + 1) end
+    local prefix = (family.prefix or "") .. "."
+    if #prefix > 1 and name:sub(1, #prefix) == prefix then list[#list + 1] = name:sub(#prefix + 1) end
   end
   for i = 1, #list do list[#list + 1] = "module." .. list[i] end
   return list

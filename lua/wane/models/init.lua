@@ -20,6 +20,7 @@ function M.register(family)
     if type(family) ~= "table" or family[key] == nil then core.raise("models.register: the family needs a field '%s' (docs/adding-a-family.md)", key) end
   end
   families[family.name] = family
+  require("wane.checkpoint.names").register(family.name, family)      -- so that files may spell its tensors without prefix
   for _, architecture in ipairs(family.architectures) do by_architecture[architecture] = family end
   return family
 end
