@@ -229,14 +229,42 @@ static void reduce_columns(const wane_op *op, char *out, int64_t out_stride, con
   for (int64_t c = 0; c < columns; c++) finish(op->i[4], integers, &state[c], op->i[0], out + c * out_stride * wane_element_size(op->i[0]));
 }
 
+/* Sums (of squares) of a tile of columns without turning it: each row is added to one of eight lanes a column, so that the
+ * additions are those of sum_piece and squares_piece, and nothing is turned. The case of bias gradients. */
+static void sum_columns(const wane_op *op, char *out, int64_t out_stride, const char *x, int64_t column, int64_t columns, int64_t stride, int64_t n) {
+  int64_t size = wane_element_size(op->i[1]);
+  wane_reduced state[TILE];
+  for (int64_t i = 0; i < n; i += WANE_PIECE) {
+    int64_t m = n - i < WANE_PIECE ? n - i : WANE_PIECE;
+    double lane[8][TILE] = { { 0 } };
+    for (int64_t r = 0; r < m; r++) {
+      float buffer[TILE];
+      const f32u *v = wane_load_f32(op->i[1], x + (i + r) * stride * size, column, columns, buffer);
+      double *to = lane[r % 8];
+      if (op->i[4] == WANE_NORM2) for (int64_t c = 0; c < columns; c++) to[c] += (double)v[c] * (double)v[c];
+      else if (columns == TILE) for (int64_t c = 0; c < TILE; c++) to[c] += (double)v[c];
+      else for (int64_t c = 0; c < columns; c++) to[c] += (double)v[c];
+    }
+    for (int64_t c = 0; c < columns; c++) {
+      double v[8];
+      for (int j = 0; j < 8; j++) v[j] = lane[j][c];
+      wane_reduced next = { add_lanes(v), 0, 0, -1, m };
+      if (i == 0) state[c] = next;
+      else merge(op->i[4], 0, &state[c], &next);
+    }
+  }
+  for (int64_t c = 0; c < columns; c++) finish(op->i[4], 0, &state[c], op->i[0], out + c * out_stride * wane_element_size(op->i[0]));
+}
+
 /* ---------------------------------------------------------------- the kernels */
 
 static void reduce_run(const wane_op *op, char *const p[], const int64_t st[], int64_t m) {
   int64_t n = op->n[7], stride = op->n[8], size = wane_element_size(op->i[1]), out_size = wane_element_size(op->i[0]);
   int64_t reach = stride < 0 ? -stride : stride, step = st[1] < 0 ? -st[1] : st[1];
   if (m > 1 && n > 1 && reach > step && step > 0) {
+    int sums = !op->i[5] && (op->i[4] == WANE_SUM || op->i[4] == WANE_MEAN || op->i[4] == WANE_NORM2);
     for (int64_t i = 0; i < m; i += TILE)
-      reduce_columns(op, p[0] + i * st[0] * out_size, st[0], p[1] + i * st[1] * size, st[1], m - i < TILE ? m - i : TILE, stride, n);
+      (sums ? sum_columns : reduce_columns)(op, p[0] + i * st[0] * out_size, st[0], p[1] + i * st[1] * size, st[1], m - i < TILE ? m - i : TILE, stride, n);
     return;
   }
   for (int64_t i = 0; i < m; i++) {

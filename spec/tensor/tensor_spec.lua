@@ -434,6 +434,40 @@ describe("memory", function()
     assert.equal(3, x:sum():item())
   end)
 
+  it("running out gives an error and leaves nothing behind, whichever allocation fails", function()
+    local C = wane.core.C
+    local x = wane.randn { 60, 50, seed = 1 }
+    local work = {
+      function() return (x + x:t():reshape(60, 50)):sum() end, function() return x:t():sum(1) end, function() return wane.randn(300, 300):sum() end,
+      function() return x:sort() end, function() return x:half():matmul(x:t():half()) end, function() return wane.cat({ x, x }, 2):topk(3) end,
+      function() return wane.where(x:gt(0), x, 0) end, function() x[{ 1, { 2, 50 } }] = x[{ 1, { 1, 49 } }] end, function() return tostring(x) end,
+      function() return wane.tensor({ 1, 2, 3 }, "f16"):totable() end,
+    }
+    for number, fn in ipairs(work) do
+      wane.core.wait()
+      C.wane_stream_trim(wane.core.stream(), 0)
+      wane.core.wait()
+      collectgarbage()
+      collectgarbage()
+      local _, before = heap()
+      local failed, n = 0, 0
+      repeat
+        n = n + 1
+        C.wane_stream_trim(wane.core.stream(), 0)              -- an empty pool, so that every tensor allocates
+        C.wane_fail_allocation(n)
+        local ok, problem = pcall(wane.scope, function() fn() end)
+        C.wane_fail_allocation(0)
+        if not ok then
+          failed = failed + 1
+          assert.truthy(tostring(problem):find "out of memory", tostring(problem))
+        end
+        local _, after = heap()
+        assert.equal(before, after, "work " .. number .. ", allocation " .. n)
+      until ok
+      assert.is_true(failed > 0)
+    end
+  end)
+
   it("is freed at once by close()", function()
     local _, before = heap()
     local x = wane.zeros(1000)
