@@ -251,6 +251,10 @@ describe("arithmetic", function()
     long[70000], long[90000] = 1, 1
     assert.equal(69999, long:argmax():item())
     assert.same({ 0, 1, 2 }, select(2, wane.ones(3):sort(1, true)):totable())
+    local zeros = wane.tensor { 0, 1, 0 } * -1                   -- -0, -1, -0
+    zeros[1] = 0
+    assert.same({ 1, 0, 2 }, zeros:argsort():totable())
+    assert.same({ 0, 2, 1 }, zeros:argsort(1, true):totable())
   end)
 
   it("reduces over everything, one dimension or several", function()
