@@ -101,6 +101,7 @@ typedef struct wane_memory {
   int64_t tensors;           /* live tensor descriptors */
   int64_t allocations;       /* allocations ever made */
 } wane_memory;
+/* Fills `out` with the figures of this moment. */
 WANE_API void wane_memory_read(wane_memory *out);
 /* Tests: the n-th allocation from now (1 = the next) fails once; 0 turns it off. */
 WANE_API void wane_fail_allocation(int64_t n);
@@ -183,6 +184,7 @@ typedef struct wane_info {
   int32_t contiguous;
   int32_t block_size;        /* quantized kinds: values a scale; 0 elsewhere */
 } wane_info;
+/* Fills `out`. Never waits: shape and dtype are known when an op is enqueued. */
 WANE_API int wane_tensor_info(const wane_handle *h, wane_info *out);
 /* Uninitialised tensor. Plain dtypes only. */
 WANE_API int wane_tensor_new(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape);
@@ -385,6 +387,7 @@ typedef struct wane_entry {
   int32_t file;              /* which of the index's files */
   int32_t reserved;
 } wane_entry;
+/* WANE_FORMAT_… of the file that was opened. */
 WANE_API int wane_index_format(const wane_index *ix);
 /* Tensors. Entries are numbered from 0 in the order of the files. */
 WANE_API int64_t wane_index_count(const wane_index *ix);

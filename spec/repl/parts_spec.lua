@@ -57,7 +57,7 @@ describe("printing", function()
     local t = {}
     t.self = t
     assert.equal("{ self = { the same again } }", show.show(t))
-    assert.equal('{ ["a b"] = 1, [2.5] = "x" }' , (show.show({ ["a b"] = 1, [2.5] = "x" }):gsub('^{ %[2.5%] = "x", %["a b"%] = 1 }$', '{ ["a b"] = 1, [2.5] = "x" }')))
+    assert.equal('{ [2.5] = "x", ["a b"] = 1 }', show.show { ["a b"] = 1, [2.5] = "x" })
   end)
 
   it("shortens long lists", function()

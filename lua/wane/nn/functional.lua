@@ -72,6 +72,7 @@ function F.embedding(table_, ids, dtype)
   return wrap(y)
 end
 
+--- x / rms(x) * (weight + offset) over the last dimension; weight may be nil.
 function F.rms_norm(x, weight, eps, offset)
   local y = handle()
   check(C.wane_rms_norm(stream(), y, x.h, h(weight), eps, offset or 0))
@@ -84,6 +85,7 @@ function F.rms_norm(x, weight, eps, offset)
   end)
 end
 
+--- (x - mean) / deviation * weight + bias over the last dimension; weight and bias may be nil.
 function F.layer_norm(x, weight, bias, eps)
   local y = handle()
   check(C.wane_layer_norm(stream(), y, x.h, h(weight), h(bias), eps))
@@ -124,18 +126,21 @@ function F.glu(gate, up, act)
   return wrap(y)
 end
 
+--- A unary op by its code: C.WANE_NEG …
 function F.unary(x, op)
   local y = handle()
   check(C.wane_unary(stream(), y, x.h, op))
   return wrap(y)
 end
 
+--- a op b, broadcast, by the op's code: C.WANE_ADD …
 function F.binary(a, b, op)
   local y = handle()
   check(C.wane_binary(stream(), y, a.h, b.h, op))
   return wrap(y)
 end
 
+--- a op value, or value op a when `reversed`.
 function F.binary_scalar(a, value, op, reversed)
   local y = handle()
   check(C.wane_binary_scalar(stream(), y, a.h, value, op, reversed and 1 or 0))
@@ -161,12 +166,14 @@ function F.mean(x)
   end)
 end
 
+--- cond ? a : b, broadcast.
 function F.where(cond, a, b)
   local y = handle()
   check(C.wane_where(stream(), y, cond.h, a.h, b.h))
   return wrap(y)
 end
 
+--- A contiguous copy as dtype number `dtype`.
 function F.cast(x, dtype)
   local y = handle()
   check(C.wane_cast(stream(), y, x.h, dtype))
@@ -176,6 +183,7 @@ end
 --- dst[...] = src.
 function F.copy(dst, src) check(C.wane_copy(stream(), dst.h, src.h)) end
 
+--- Index (i64, from 0) of the largest element along `dim` (from 0), the lowest on ties.
 function F.argmax(x, dim)
   local y = handle()
   check(C.wane_reduce(stream(), y, x.h, C.WANE_ARGMAX, dim, 0))
