@@ -68,7 +68,8 @@ for run = 1, runs do
   for i, g in ipairs(gaps) do if g > worst then worst, place = g, i end end
   local l, p, n = summary(gaps)
   longest[run], nines[run] = l, p
-  print(("run %d: longest gap %.1f ms (gap %d; %s), 99th percentile %.1f ms, %d ticks, %d bytes of text"):format(run, l, place, table.concat(marks, ", "), p, n, #table.concat(text)))
+  print(("run %d: longest gap %.1f ms (gap %d; %s), 99th percentile %.1f ms, %d ticks, %d bytes of text"):format(
+    run, l, place, table.concat(marks, ", "), p, n, #table.concat(text)))
 end
 print(("median of %d runs: longest gap %.1f ms, 99th percentile %.1f ms"):format(runs, median(longest), median(nines)))
 print(("idle loop again: longest gap %.1f ms, 99th percentile %.1f ms"):format(idle(2000)))

@@ -31,7 +31,9 @@ cli.run(parser, function(args)
   local best = C.wane_cpu_level()
   local machine = bench.machine(buffer)
   local results = {}
-  local function add(name, value, unit, limit) results[#results + 1] = { name = name, value = value, unit = unit, limit = limit, share = limit and value / limit or nil } end
+  local function add(name, value, unit, limit)
+    results[#results + 1] = { name = name, value = value, unit = unit, limit = limit, share = limit and value / limit or nil }
+  end
   local function show(r)
     if args.json then return end
     local scale, unit = 1e9, r.unit == "bytes/s" and "GB/s" or r.unit == "ops/s" and "GFLOP/s" or r.unit

@@ -74,7 +74,8 @@ local function write_module(out, file, missing)
 end
 
 local function generate()
-  local out = { "# Lua API\n", "Made from the docstrings by scripts/docs.lua; `?name` shows the same in the REPL. The C API is described in core/include/wane.h.\n" }
+  local out = { "# Lua API\n",
+    "Made from the docstrings by scripts/docs.lua; `?name` shows the same in the REPL. The C API is described in core/include/wane.h.\n" }
   local missing, files, done = {}, lua_files "lua/wane", {}
   chapters[#chapters + 1] = { "More", { ".*" } }
   for _, chapter in ipairs(chapters) do

@@ -38,5 +38,6 @@ cli.run(parser, function(args)
   result.peak_rss_bytes = wane.memory().rss_peak
   if args.json then return cli.json(result) end
   print(("perplexity %.4f ± %.4f (%s convention, ctx %d%s): %d tokens in %d windows, nll %.5f, %s"):format(result.perplexity, result.stderr, result.convention,
-    result.ctx, result.stride and result.stride ~= result.ctx and ", stride " .. result.stride or "", result.tokens, result.windows, result.nll, cli.seconds(result.seconds)))
+    result.ctx, result.stride and result.stride ~= result.ctx and ", stride " .. result.stride or "", result.tokens,
+    result.windows, result.nll, cli.seconds(result.seconds)))
 end)

@@ -41,7 +41,9 @@ cli.run(parser, function(args)
   if not args.model then cli.usage "--model is missing: a folder or a .gguf file" end
   if not args.prompt_ids and not prompt then prompt = cli.stdin "--prompt" end
   local model, tok, load_s = cli.load_model(args)
-  if not tok and not args.prompt_ids then cli.fail("%s has no tokenizer that wane reads (%s); give --prompt-ids", args.model, tostring(model.tokenizer_error)) end
+  if not tok and not args.prompt_ids then
+    cli.fail("%s has no tokenizer that wane reads (%s); give --prompt-ids", args.model, tostring(model.tokenizer_error))
+  end
   if not tok and #args.stop > 0 then cli.fail("--stop needs a tokenizer; %s has none that wane reads", args.model) end
 
   local wane = require "wane"
@@ -80,7 +82,8 @@ cli.run(parser, function(args)
   local memory = wane.memory()
   local result = {
     text = tok and table.concat(pieces) or nil, prompt_ids = ids, ids = new, finish_reason = run.finished[1] or "length", load_s = load_s,
-    prefill_s = prefill_s, prefill_tokens_per_s = #ids / math.max(prefill_s, 1e-9), decode_tokens_per_s = #new > 1 and (#new - 1) / math.max(decode_s, 1e-9) or 0,
+    prefill_s = prefill_s, prefill_tokens_per_s = #ids / math.max(prefill_s, 1e-9),
+    decode_tokens_per_s = #new > 1 and (#new - 1) / math.max(decode_s, 1e-9) or 0,
     peak_rss_bytes = memory.rss_peak, footprint_bytes = model:memory_footprint(), threads = wane.threads(), device = "cpu",
   }
   if args.json then

@@ -47,7 +47,8 @@ cli.run(parser, function(args)
     index:close()
   end
   local seconds = clock() - started
-  local report = { in_bytes = result.bytes, out_bytes = out_bytes, seconds = seconds, peak_rss_bytes = wane.memory().rss_peak, layers = args.report and layers or nil }
+  local report = { in_bytes = result.bytes, out_bytes = out_bytes, seconds = seconds,
+    peak_rss_bytes = wane.memory().rss_peak, layers = args.report and layers or nil }
   if args.json then return cli.json(report) end
   if args.report then
     local rows = { { "layer", "rel. error", "max error", "mean error" } }

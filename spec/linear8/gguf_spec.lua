@@ -108,7 +108,7 @@ describe("few and many rows times an 8-bit weight", function()
   it("block8 obeys the usual map with -1 as its first value, as old CPU builds of bitsandbytes stored it", function()
     local r = s.random(78)
     local q = block8(r, "block8", 8, 256, 128)
-    local h = ffi.new "wane_handle"
+    local h
     local parts = {}
     for _, part in ipairs { 0, 1, tonumber(C.WANE_PART_CODE) } do
       h = ffi.new "wane_handle"

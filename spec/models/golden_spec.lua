@@ -39,7 +39,8 @@ end
 local function with_v4_config(name)
   local dir = os.tmpname()
   os.remove(dir)
-  assert(os.execute(("mkdir -p %s && cp %s%s/model.safetensors %s/ && cp %s%s/config_v4.json %s/config.json"):format(dir, root, name, dir, root, name, dir)) == 0)
+  assert(os.execute(("mkdir -p %s && cp %s%s/model.safetensors %s/ && cp %s%s/config_v4.json %s/config.json"):format(
+    dir, root, name, dir, root, name, dir)) == 0)
   return dir, function() os.execute("rm -rf " .. dir) end
 end
 
@@ -121,7 +122,8 @@ for _, name in ipairs { "llama", "llama3", "gpt_neox", "gpt_neox_seq" } do
 
     it("greedy ids equal, a left-padded batch", function()
       local g = json.greedy_batch
-      assert.same(g.new_ids, model:generate(g.input_ids, { attention_mask = g.attention_mask, max_new_tokens = 24, ignore_eos = true }))
+      assert.same(g.new_ids, model:generate(g.input_ids, { attention_mask = g.attention_mask,
+        max_new_tokens = 24, ignore_eos = true }))
       local ragged = {}                                  -- prompts of different lengths are padded for the caller
       for b, row in ipairs(g.input_ids) do
         ragged[b] = {}

@@ -42,7 +42,8 @@ function M.find(config)
     if by_architecture[architecture] then return by_architecture[architecture] end
   end
   if config.model_type and families[config.model_type] then return families[config.model_type] end
-  return nil, ("no family for architecture '%s' (model_type '%s'); there are: %s. To add one: wane.models.register(\"family.lua\"), see docs/adding-a-family.md"):format(
+  return nil, ("no family for architecture '%s' (model_type '%s'); there are: %s. " ..
+    "To add one: wane.models.register(\"family.lua\"), see docs/adding-a-family.md"):format(
     tostring((config.architectures or {})[1]), tostring(config.model_type), table.concat(M.list(), ", ")), "WANE_E_UNSUPPORTED"
 end
 
