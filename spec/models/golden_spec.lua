@@ -143,7 +143,8 @@ for _, name in ipairs { "llama", "llama3", "gpt_neox", "gpt_neox_seq" } do
 
     it("rows end at eos and the others go on", function()
       local g = json.greedy_eos_batch
-      local out, reasons = model:generate(g.input_ids, { attention_mask = g.attention_mask, max_new_tokens = 24, eos_token_id = g.eos_token_id, pad_token_id = 0 })
+      local out, reasons = model:generate(g.input_ids, { attention_mask = g.attention_mask, max_new_tokens = 24,
+        eos_token_id = g.eos_token_id, pad_token_id = 0 })
       for b, row in ipairs(g.new_ids) do
         local want, ended = {}, "length"
         for _, id in ipairs(row) do
