@@ -117,6 +117,24 @@ describe("quantized tensors", function()
     assert.equal(tonumber(C.WANE_E_DTYPE), C.wane_dequantize(s, h, q.quantize(scales(64), "nf4", 64), C.WANE_I8))
   end)
 
+  it("decode any rows of a table: embedding over odd row lengths, every kind", function()
+    local list = {}
+    for i = 1, 64 * 33 do list[i] = math.sin(i) end
+    local table_, ids = q.f32(list, { 64, 33 }), q.upload("i32", { 4 }, ffi.new("int32_t[4]", 63, 0, 31, 1), 16)
+    q.each_level(function(level)
+      for kind, block in pairs { nf4 = 64, fp4 = 33, int8 = 0, ["int8-blockwise"] = 50 } do
+        for _, nested in ipairs(kind:match "4$" and { false, true } or { false }) do
+          local w, y = q.quantize(table_, kind, block, nested), core.handle_type()
+          core.check(C.wane_embedding(core.stream(), y, w, ids, C.WANE_F32))
+          local got, all = q.bytes(ffi.gc(y, C.wane_tensor_free)), q.bytes(q.dequantize(w))
+          for i, id in ipairs { 63, 0, 31, 1 } do
+            assert.is_true(got:sub((i - 1) * 132 + 1, i * 132) == all:sub(id * 132 + 1, (id + 1) * 132), level .. " " .. kind)
+          end
+        end
+      end
+    end)
+  end)
+
   it("survive every allocation failing once", function()
     local x = scales(4096)
     core.check(core.wait())
