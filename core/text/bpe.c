@@ -188,8 +188,31 @@ static void emit_scored(const wane_tokenizer *t, const symbol *x, const char *s,
   *fusing = !bytes;
 }
 
+/* Merges a stretch that no merge leaves, and emits it. */
+static int encode_stretch(const wane_tokenizer *t, text_bpe *b, wane_encoding *out, const char *s, size_t n) {
+  int fusing = 0, status = t->raw_bytes ? first_bytes(t, b, s, n) : first_symbols(t, b, s, n);
+  if (!status && b->n > 1) status = merge_all(t, b, s);
+  if (status || !b->n) return status;
+  for (int32_t i = 0; i >= 0; i = b->symbols[i].next) {
+    if (t->scores) emit_scored(t, &b->symbols[i], s, out, &fusing);
+    else text_emit(out, b->symbols[i].id);
+  }
+  return out->failed;
+}
+
+/* End of the stretch that begins at s: the next "▁" behind another character. */
+static size_t stretch(const char *s, size_t n) {
+  for (size_t i = 1; i + 3 <= n; i++) {
+    const char *p = memchr(s + i, '\xe2', n - i);
+    if (!p) return n;
+    i = (size_t)(p - s);
+    if (i + 3 <= n && !memcmp(p, "\xe2\x96\x81", 3) && (i < 3 || memcmp(p - 3, "\xe2\x96\x81", 3))) return i;
+  }
+  return n;
+}
+
 int text_bpe_encode(const wane_tokenizer *t, text_bpe *b, wane_encoding *out, const char *s, size_t n) {
-  int fusing = 0, status;
+  int status = 0;
   if (t->model_flags & WANE_MODEL_IGNORE_MERGES) {
     const char *whole = s;
     size_t whole_n = n;
@@ -203,13 +226,11 @@ int text_bpe_encode(const wane_tokenizer *t, text_bpe *b, wane_encoding *out, co
     int32_t id = text_table_find(&t->vocab, whole, whole_n);
     if (id >= 0) { text_emit(out, id); return out->failed; }
   }
-  status = t->raw_bytes ? first_bytes(t, b, s, n) : first_symbols(t, b, s, n);
-  if (!status && b->n > 1) status = merge_all(t, b, s);
-  if (status) return status;
-  if (!b->n) return 0;
-  for (int32_t i = 0; i >= 0; i = b->symbols[i].next) {
-    if (t->scores) emit_scored(t, &b->symbols[i], s, out, &fusing);
-    else text_emit(out, b->symbols[i].id);
+  while (n && !status) {
+    size_t k = t->word_breaks ? stretch(s, n) : n;
+    status = encode_stretch(t, b, out, s, k);
+    s += k;
+    n -= k;
   }
-  return out->failed;
+  return status;
 }

@@ -122,6 +122,7 @@ struct wane_tokenizer {
   size_t prefix_n, suffix_n;
   int32_t byte_id[256];              /* token of the mapped byte, -1 */
   int32_t fallback_id[256];          /* token <0xHH>, -1 */
+  int word_breaks;                   /* no token holds a "▁" behind another character: a text may be cut there */
   int raw_bytes;                     /* the last step maps bytes: the model reads plain bytes through byte_id instead */
   int ready;
   int source;                        /* WANE_VOCAB_… */

@@ -204,6 +204,20 @@ static int normalize_added(wane_tokenizer *t) {
   return status;
 }
 
+/* Whether no token has a "▁" right behind something else. Then no merge crosses such a place, and a long text without a
+ * pre-tokenizer (SentencePiece's models) can be merged word by word: the same result from memory that stays in the cache. */
+static int breaks_at_words(const wane_tokenizer *t) {
+  static const char mark[] = "\xe2\x96\x81";
+  if (t->prefix_n || t->suffix_n || text_table_find(&t->vocab, mark, 3) < 0) return 0;
+  for (size_t id = 0; id < t->vocab.ids; id++) {
+    size_t n;
+    const char *s = text_table_get(&t->vocab, (int32_t)id, &n);
+    for (size_t i = 3; s && i + 3 <= n; i++)
+      if (!memcmp(s + i, mark, 3) && memcmp(s + i - 3, mark, 3)) return 0;
+  }
+  return 1;
+}
+
 int wane_tokenizer_ready(wane_tokenizer *t) {
   int status = describing(t, "wane_tokenizer_ready");
   if (!status && !(t->model_flags & WANE_MODEL_USE_SCORES)) { wane_release(t->scores); t->scores = NULL; }
@@ -220,6 +234,7 @@ int wane_tokenizer_ready(wane_tokenizer *t) {
   const text_steps *split = &t->stage[WANE_STAGE_SPLIT];
   t->raw_bytes = split->n && split->at[split->n - 1].kind == WANE_STEP_BYTES && !t->scores && !t->prefix_n && !t->suffix_n &&
                  !(t->model_flags & WANE_MODEL_BYTE_FALLBACK);
+  t->word_breaks = !t->raw_bytes && breaks_at_words(t);
   t->ready = 1;
   return WANE_OK;
 }

@@ -185,8 +185,8 @@ describe("tokenizer, wrong arguments", function()
       assert.is_true(n > 50)
       -- A job's memory goes when its thread has left, which may be a moment later.
       local started = C.wane_clock()
-      repeat collectgarbage() until require("wane").memory().heap == before or C.wane_clock() - started > 5
-      assert.equal(before, require("wane").memory().heap)
+      repeat collectgarbage() until require("wane").memory().heap <= before or C.wane_clock() - started > 5
+      assert.is_true(require("wane").memory().heap <= before)
     end
   end)
 end)

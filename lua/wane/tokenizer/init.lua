@@ -145,10 +145,15 @@ end
 --- Classes that ignore the file's post-processor and build their own from add_bos_token and add_eos_token: default of the first.
 local brackets = { Llama = true, CodeLlama = true, Gemma = true, GPTNeoX = false }
 
---- The template around a text, and the configuration's word on it.
+--- "Llama" for LlamaTokenizer and LlamaTokenizerFast.
+local function class_of(config)
+  return type(config.tokenizer_class) == "string" and config.tokenizer_class:match "^(.-)Tokenizer[Fast]*$" or ""
+end
+
+--- The template around a text, and the configuration's word on it (transformers 4, tokenization_*_fast.py `update_post_processor`).
 local function template_of(settings, config, ids)
-  local class = type(config.tokenizer_class) == "string" and config.tokenizer_class:match "^(.-)Tokenizer[Fast]*$"
-  if class == nil or brackets[class] == nil then return pipeline.template(settings.post_processor) end
+  local class = class_of(config)
+  if brackets[class] == nil then return pipeline.template(settings.post_processor) end
   local bos, eos = config.add_bos_token, config.add_eos_token
   if bos == nil then bos = brackets[class] end
   if (bos and not ids.bos_token) or (eos and not ids.eos_token) then
@@ -202,6 +207,11 @@ local function from_json(handle, info, folder)
     ids[name] = text and find(handle, text) or nil
   end
   take(C.wane_tokenizer_model(handle, model_flags(model), unk or -1))
+  -- These classes set the prefix space of a plain ByteLevel from their own configuration, which says no unless it says yes.
+  local pre, class = settings.pre_tokenizer, class_of(config)
+  if (class == "GPT2" or class == "GPTNeoX") and type(pre) == "table" and pre.type == "ByteLevel" then
+    pre.add_prefix_space = config.add_prefix_space == true
+  end
   pipeline.stages(handle, settings)
   return {
     template = template_of(settings, config, ids), bos_id = ids.bos_token, eos_id = { ids.eos_token }, pad_id = ids.pad_token, unk_id = ids.unk_token or unk,
@@ -216,6 +226,12 @@ local function from_gguf(handle, info)
   take(C.wane_tokenizer_model(handle, flags, r.model_unk or -1))
   pipeline.stages(handle, r.settings)
   return r
+end
+
+--- Whether a template begins (ends) with this id.
+local function stands_at(template, id, last)
+  local piece = template.single[last and #template.single or 1]
+  return id ~= nil and piece ~= nil and piece.ids ~= nil and piece.ids[last and #piece.ids or 1] == id
 end
 
 --- Every id of a template must be a token, so that a text never holds one that the model has no row for.
@@ -241,11 +257,12 @@ local function load(path, options)
   C.wane_vocab_info_read(handle, info)
   return setmetatable({
     handle = handle, template = r.template, vocab_size = tonumber(info.size), bos_id = r.bos_id, eos_id = r.eos_id, pad_id = r.pad_id, unk_id = r.unk_id,
-    chat_template = r.chat_template, path = tables,
+    chat_template = r.chat_template, path = tables, add_bos = stands_at(r.template, r.bos_id, false), add_eos = stands_at(r.template, r.eos_id[1], true),
   }, Tokenizer)
 end
 
---- Loads a tokenizer.
+--- Loads a tokenizer. Its fields: vocab_size (highest id + 1), bos_id, eos_id (a list), pad_id, unk_id (nil where there is none),
+-- add_bos and add_eos (whether `encode` puts them around a text), chat_template.
 -- @param path string a Hugging Face folder, a tokenizer.json, or a .gguf file
 -- @param options table|nil {progress = function(done, total)}
 -- @return Tokenizer|nil the tokenizer, or nil, message, code
