@@ -44,12 +44,16 @@ function M.parser(name, description)
   return parser
 end
 
---- Ends the program with a message on stderr and status 1.
+--- Ends the program with a message on stderr and status 1 (after ctrl-C: 130, whatever it broke).
 -- @param message string a format, with its arguments
 function M.fail(message, ...)
   if active_progress then active_progress:clear() end
   if select("#", ...) > 0 then message = message:format(...) end
   io.stdout:flush()
+  if M.interrupted() then
+    io.stderr:write(program, ": interrupted\n")
+    os.exit(130)
+  end
   io.stderr:write(program, ": ", message, "\n")
   os.exit(1)
 end
@@ -95,14 +99,7 @@ function M.run(parser, body)
   end
   local ok, message = xpcall(body, handler, args)
   if active_progress then active_progress:clear() end
-  if not ok then
-    if M.interrupted() then
-      io.stdout:flush()
-      io.stderr:write(program, ": interrupted\n")
-      os.exit(130)
-    end
-    M.fail("%s", message)
-  end
+  if not ok then M.fail("%s", message) end
 end
 
 --- Whether ctrl-C was pressed (inside bin/wane; plain luajit ends by itself).
@@ -299,23 +296,16 @@ Progress.__index = Progress
 --- A progress line on stderr, drawn only where stderr is a terminal and at most ten times a second.
 -- @param label string "loading model.gguf"
 -- @param unit string|nil "bytes" (default) or what is counted, "windows"
--- @return table with :update(done, total), :clear(), :finish(); call it as a function (done, total) too
+-- @return table with :update(done, total, tensors), :clear(), :finish()
 function M.progress(label, unit)
   local visible = ffi.C.isatty(2) ~= 0 and os.getenv "TERM" ~= "dumb"
-  return setmetatable({ label = label, unit = unit or "bytes", visible = visible, started = os.time(), clock = nil }, Progress)
+  return setmetatable({ label = label, unit = unit or "bytes", visible = visible }, Progress)
 end
 
-Progress.__call = function(self, done, total) self:update(done, total) end
-
-local function monotonic()
-  local core = package.loaded["wane.core"]
-  return core and core.C.wane_clock() or os.clock()
-end
-
---- Shows how far things are. total may be 0 or nil while unknown.
-function Progress:update(done, total)
+--- Shows how far things are. total may be 0 or nil while unknown; `tensors`, where given, is shown beside the bytes.
+function Progress:update(done, total, tensors)
   if not self.visible then return end
-  local now = monotonic()
+  local now = require("wane.core").C.wane_clock()
   self.first = self.first or now
   if self.clock and now - self.clock < 0.1 then return end
   self.clock = now
@@ -330,6 +320,7 @@ function Progress:update(done, total)
   else
     text[#text + 1] = count(done)
   end
+  if tensors then text[#text + 1] = ("  %d tensors"):format(tensors) end
   if elapsed > 0.3 and done > 0 then text[#text + 1] = ("  %s%s/s"):format(count(done / elapsed), self.unit == "bytes" and "" or " " .. self.unit) end
   io.stderr:write("\r\27[K", table.concat(text))
   io.stderr:flush()
@@ -394,6 +385,7 @@ function M.load_model(args)
   if args.threads then core.check(core.C.wane_set_threads(args.threads)) end
   local progress = M.progress("loading " .. args.model:match "[^/]*/*$")
   options.progress = function(...) progress:update(...) end
+  options.cancelled = M.interrupted
   local started = core.C.wane_clock()
   local model, tokenizer = M.check(wane.load(args.model, options))
   progress:finish()
