@@ -2,7 +2,8 @@
  *
  * A tokenizer is built in two parts. A job reads the large tables (vocab.c; vocab_json.c and vocab_gguf.c fill them); Lua then reads the small
  * configuration that is left and describes normalizer, pre-tokenizer and decoder as lists of steps. After wane_tokenizer_ready
- * nothing changes any more, so that any number of threads may encode and decode at once. */
+ * nothing changes any more, so that any number of threads may encode and decode at once. Files are opened, and JSON is fed to yajl, by
+ * core/reader. */
 #ifndef WANE_TEXT_H
 #define WANE_TEXT_H
 #include "../base/base.h"
@@ -10,6 +11,7 @@
 #include <string.h>
 
 /* ---- growable buffers; the first failed allocation sticks in `failed`, so that callers check once at the end ---- */
+struct wane_file;
 typedef struct text_buf { char *data; size_t n, cap; int failed; } text_buf;
 /* Room for `more` bytes behind n; 0 when memory ran out (then n stays and `failed` is set). */
 int text_room(text_buf *b, size_t more);
@@ -151,8 +153,8 @@ int text_add_merge(wane_tokenizer *t, const char *left, size_t left_n, const cha
 int text_add_added(wane_tokenizer *t, int64_t id, const char *s, size_t n, int flags);
 /* Turns pending merges into the hash of pairs. After all tokens are in. */
 int text_resolve(wane_tokenizer *t, wane_job *job);
-int text_read_json(wane_tokenizer *t, wane_job *job, int fd, const char *path, int which);
-int text_read_gguf(wane_tokenizer *t, wane_job *job, int fd, const char *path);
+int text_read_json(wane_tokenizer *t, wane_job *job, const struct wane_file *file, int which);
+int text_read_gguf(wane_tokenizer *t, wane_job *job, const struct wane_file *file);
 
 /* Puts the byte-pair tokens of one piece behind `out` (bpe.c). */
 typedef struct text_bpe text_bpe;

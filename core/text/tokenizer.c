@@ -2,10 +2,8 @@
  * added_vocabulary.rs): added tokens that are not normalized are cut out of the text; what is left is normalized; added tokens in
  * their normalized form are cut out of that; the rest is pre-tokenized, and each piece is merged. */
 #include "text.h"
-#include <errno.h>
-#include <fcntl.h>
+#include "../reader/reader.h"
 #include <stdio.h>
-#include <unistd.h>
 
 /* ---------------------------------------------------------------- lifetime */
 
@@ -48,21 +46,16 @@ static void opening_drop(void *state) {
   wane_release(o);
 }
 
-static int open_file(const char *path, int *fd) {
-  *fd = open(path, O_RDONLY | O_CLOEXEC);
-  if (*fd >= 0) return 0;
-  return wane_fail_errno(errno == ENOENT ? WANE_E_NOTFOUND : WANE_E_IO, "the tokenizer %.200s cannot be opened", path);
-}
-
 static int read_file(wane_tokenizer *t, wane_job *job, const char *path, int which) {
   char magic[4] = { 0 };
-  int fd, status = open_file(path, &fd);
+  wane_file file;
+  int status = wane_file_open(&file, path);
   if (status) return status;
-  ssize_t n = pread(fd, magic, 4, 0);
-  if (n < 0) status = wane_fail_errno(WANE_E_IO, "reading %.200s", path);
-  else if (which == 0 && n == 4 && !memcmp(magic, "GGUF", 4)) { t->source = WANE_VOCAB_GGUF; status = text_read_gguf(t, job, fd, path); }
-  else { if (which == 0) t->source = WANE_VOCAB_JSON; status = text_read_json(t, job, fd, path, which); }
-  close(fd);
+  if (which == 0 && file.size >= 4) status = wane_file_read(&file, 0, magic, 4);
+  int gguf = !memcmp(magic, "GGUF", 4);
+  if (which == 0) t->source = gguf ? WANE_VOCAB_GGUF : WANE_VOCAB_JSON;
+  if (!status) status = gguf ? text_read_gguf(t, job, &file) : text_read_json(t, job, &file, which);
+  wane_file_close(&file);
   return status;
 }
 

@@ -2,11 +2,9 @@
  * into the tables, the other tokenizer keys become a small JSON object for Lua. Only the metadata is read. Every count is held
  * against the size of the file before anything is allocated or looped over. */
 #include "text.h"
-#include <errno.h>
+#include "../reader/reader.h"
 #include <math.h>
 #include <stdio.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 enum { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64, TYPES };
 enum { BUFFER = 1 << 16, SHOWN = 200 };
@@ -15,8 +13,8 @@ static const uint8_t size_of[TYPES] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
 typedef struct reader {
   wane_tokenizer *t;
   wane_job *job;
+  const wane_file *file;
   const char *path;
-  int fd;
   uint64_t size, at;                 /* of the file; position of buffer[from] */
   size_t from, filled;
   text_buf string;                   /* the string read last */
@@ -35,13 +33,13 @@ static int truncated(reader *r) {
 }
 
 static int refill(reader *r) {
-  ssize_t n;
+  size_t n = r->size - r->at < BUFFER ? (size_t)(r->size - r->at) : BUFFER;
   if (r->job && wane_job_cancelled(r->job)) return wane_fail(WANE_E_CANCELLED, "reading %.*s was cancelled", SHOWN, r->path);
-  do n = pread(r->fd, r->buffer, BUFFER, (off_t)r->at); while (n < 0 && errno == EINTR);
-  if (n < 0) return wane_fail_errno(WANE_E_IO, "reading %.*s", SHOWN, r->path);
   if (n == 0) return truncated(r);
+  int status = wane_file_read(r->file, r->at, r->buffer, n);
+  if (status) return status;
   r->from = 0;
-  r->filled = (size_t)n;
+  r->filled = n;
   if (r->job) wane_job_set_progress(r->job, r->at, 0);
   return 0;
 }
@@ -258,17 +256,15 @@ static int read_all(reader *r) {
   return status ? status : r->t->config[0].failed;
 }
 
-/* Reads the metadata of the open file into t. */
-int text_read_gguf(wane_tokenizer *t, wane_job *job, int fd, const char *path) {
-  struct stat st;
-  if (fstat(fd, &st)) return wane_fail_errno(WANE_E_IO, "%.*s", SHOWN, path);
+/* Reads the metadata of an open file into t. */
+int text_read_gguf(wane_tokenizer *t, wane_job *job, const wane_file *file) {
   reader *r = wane_alloc_zero(sizeof *r, "a GGUF reader");
   if (!r) return WANE_E_MEMORY;
   r->t = t;
   r->job = job;
-  r->path = path;
-  r->fd = fd;
-  r->size = (uint64_t)st.st_size;
+  r->file = file;
+  r->path = file->path;
+  r->size = file->size;
   int status = read_all(r);
   text_free(&r->string);
   text_free(&r->key);

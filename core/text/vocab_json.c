@@ -1,21 +1,14 @@
 /* vocab_json.c: reads tokenizer.json and tokenizer_config.json in one streaming pass (yajl). The large members go straight into the
  * tables: model.vocab, model.merges, added_tokens, added_tokens_decoder. Everything else is written out again as a small JSON text
- * (the large members become null) for Lua to parse. A name that appears twice in an object is an error.
- *
- * yajl does not look at what its allocator returns, so a failed allocation leaves through longjmp; every block it holds is
- * linked and freed here. */
+ * (the large members become null) for Lua to parse. A name that appears twice in an object is an error. */
 #include "text.h"
-#include <errno.h>
-#include <setjmp.h>
-#include <stdio.h>
-#include <unistd.h>
+#include "../reader/reader.h"
 #include <yajl/yajl_parse.h>
 
-enum { DEPTH_LIMIT = 64, PIECE = 1 << 16, PATH_SHOWN = 200 };
+enum { DEPTH_LIMIT = 64 };
 /* Where in the document the parser stands. */
 enum where { REST, VOCAB, MERGES, MERGE_PAIR, ADDED, ADDED_ITEM, DECODER, DECODER_ITEM, SKIP, PLACES };
 
-typedef struct block { struct block *next, *prev; } block;
 typedef struct reader {
   wane_tokenizer *t;
   int which;                          /* 0 tokenizer.json, 1 tokenizer_config.json */
@@ -33,42 +26,8 @@ typedef struct reader {
   int parts;
   int64_t id;
   int flags, given;
-  int status;
-  jmp_buf out_of_memory;
-  block blocks;
+  int status;                         /* why a callback stopped the parser */
 } reader;
-
-/* ---------------------------------------------------------------- yajl's memory */
-
-static void *take(void *ctx, size_t bytes) {
-  reader *r = ctx;
-  block *b = wane_alloc(bytes + sizeof(block) + sizeof(size_t), "the JSON parser");
-  if (!b) longjmp(r->out_of_memory, 1);
-  b->next = r->blocks.next;
-  b->prev = &r->blocks;
-  b->next->prev = b;
-  r->blocks.next = b;
-  memcpy(b + 1, &bytes, sizeof bytes);
-  return (char *)(b + 1) + sizeof(size_t);
-}
-
-static void give(void *ctx, void *p) {
-  (void)ctx;
-  if (!p) return;
-  block *b = (block *)((char *)p - sizeof(size_t)) - 1;
-  b->prev->next = b->next;
-  b->next->prev = b->prev;
-  wane_release(b);
-}
-
-static void *resize(void *ctx, void *p, size_t bytes) {
-  size_t old = 0;
-  void *grown = take(ctx, bytes);
-  if (p) memcpy(&old, (char *)p - sizeof old, sizeof old);
-  if (p) memcpy(grown, p, old < bytes ? old : bytes);
-  give(ctx, p);
-  return grown;
-}
 
 /* ---------------------------------------------------------------- the rest, written again */
 
@@ -362,66 +321,26 @@ static int on_key(void *ctx, const unsigned char *text, size_t n) {
 
 static const yajl_callbacks callbacks = { on_null, on_boolean, NULL, NULL, on_number, on_string, on_map, on_key, on_map_end, on_array, on_array_end };
 
-static int complain(reader *r, yajl_handle h, const char *path, const unsigned char *piece, size_t n) {
-  char why[256];
-  if (r->status < 0) {
-    wane_error_save(why, sizeof why);
-    return wane_fail(r->status, "%.*s: %s", PATH_SHOWN, path, why);
-  }
-  unsigned char *text = yajl_get_error(h, 0, piece, n);
-  snprintf(why, sizeof why, "%s", text ? (const char *)text : "parse error");
-  yajl_free_error(h, text);
-  why[strcspn(why, "\n")] = 0;
-  return wane_fail(WANE_E_FORMAT, "%.*s is no valid JSON: %s", PATH_SHOWN, path, why);
-}
-
-static int parse(reader *r, wane_job *job, int fd, const char *path, yajl_handle h, unsigned char *piece) {
-  uint64_t done = 0;
-  for (;;) {
-    ssize_t n = read(fd, piece, PIECE);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return wane_fail_errno(WANE_E_IO, "reading %.*s", PATH_SHOWN, path);
-    if (done == 0 && n == 0) return wane_fail(WANE_E_FORMAT, "%.*s is empty", PATH_SHOWN, path);
-    if (done == 0 && n >= 19 && !memcmp(piece, "version https://git", 19))
-      return wane_fail(WANE_E_FORMAT, "%.*s is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`", PATH_SHOWN, path);
-    if (job && wane_job_cancelled(job)) return wane_fail(WANE_E_CANCELLED, "reading %.*s was cancelled", PATH_SHOWN, path);
-    yajl_status s = n ? yajl_parse(h, piece, (size_t)n) : yajl_complete_parse(h);
-    if (s != yajl_status_ok) return complain(r, h, path, piece, (size_t)n);
-    if (n == 0) return 0;
-    done += (uint64_t)n;
-    if (job) wane_job_set_progress(job, done, 0);
-  }
-}
-
-static int run(reader *r, wane_job *job, int fd, const char *path, unsigned char *piece) {
-  yajl_alloc_funcs memory = { take, resize, give, r };
-  if (setjmp(r->out_of_memory)) return WANE_E_MEMORY;
-  yajl_handle h = yajl_alloc(&callbacks, &memory, r);
-  int status = parse(r, job, fd, path, h, piece);
-  yajl_free(h);
-  return status;
-}
-
-/* Reads a whole file into t. The open file stays the caller's. */
-int text_read_json(wane_tokenizer *t, wane_job *job, int fd, const char *path, int which) {
+/* Reads a whole file into t; which: 0 tokenizer.json, 1 tokenizer_config.json. */
+int text_read_json(wane_tokenizer *t, wane_job *job, const wane_file *file, int which) {
+  wane_json_source source = { file, 0, file->size, which ? "the configuration" : "the tokenizer", job };
   reader *r = wane_alloc_zero(sizeof *r, "a JSON reader");
-  unsigned char *piece = wane_alloc(PIECE, "a piece of a file");
-  int status = r && piece ? 0 : WANE_E_MEMORY;
-  if (!status) {
-    r->t = t;
-    r->which = which;
-    r->blocks.next = r->blocks.prev = &r->blocks;
-    status = run(r, job, fd, path, piece);
-    while (r->blocks.next != &r->blocks) give(r, (char *)(r->blocks.next + 1) + sizeof(size_t));
-    if (!status && (!r->rest.n || r->rest.data[0] != '{')) status = wane_fail(WANE_E_FORMAT, "%.*s: an object was expected", PATH_SHOWN, path);
-    text_free(&t->config[which]);
-    t->config[which] = r->rest;
-    text_free(&r->key);
-    text_free(&r->first);
-    text_free(&r->second);
-    text_table_free(&r->names);
+  if (!r) return WANE_E_MEMORY;
+  r->t = t;
+  r->which = which;
+  int status = wane_json_parse(&source, &callbacks, r);
+  if (r->status < 0) {
+    char why[400];
+    wane_error_save(why, sizeof why);
+    status = wane_fail(r->status, "%.200s: %s", file->path, why);
   }
-  wane_release(piece);
+  if (!status && (!r->rest.n || r->rest.data[0] != '{')) status = wane_fail(WANE_E_FORMAT, "%.200s: an object was expected", file->path);
+  text_free(&t->config[which]);
+  t->config[which] = r->rest;
+  text_free(&r->key);
+  text_free(&r->first);
+  text_free(&r->second);
+  text_table_free(&r->names);
   wane_release(r);
   return status;
 }
