@@ -255,7 +255,7 @@ WANE_API int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_ha
 
 /* dtype conversion and/or layout: a contiguous copy of t as `dtype`. f32 -> i8… truncates toward zero, saturating; bool is != 0. */
 WANE_API int wane_cast(wane_stream *s, wane_handle *out, const wane_handle *t, int dtype);
-/* dst[...] = src, broadcast and converted; dst may be any view. */
+/* dst[...] = src, broadcast and converted; dst may be any view but an expanded one (WANE_E_ARG). The two may overlap. */
 WANE_API int wane_copy(wane_stream *s, const wane_handle *dst, const wane_handle *src);
 WANE_API int wane_fill(wane_stream *s, const wane_handle *t, double value);
 
@@ -268,9 +268,11 @@ WANE_API int wane_unary(wane_stream *s, wane_handle *out, const wane_handle *x, 
 enum { WANE_ADD, WANE_SUB, WANE_MUL, WANE_DIV, WANE_POW, WANE_MIN, WANE_MAX, WANE_MOD /* sign of the divisor, as Lua's */, WANE_ATAN2,
        WANE_EQ, WANE_NE, WANE_LT, WANE_LE, WANE_GT, WANE_GE, WANE_AND, WANE_OR, WANE_XOR, WANE_BINARY_END };
 /* Result dtype: comparisons and logic bool; else the wider of the two (bool < u8, i8 < i32 < i64 < f16, bf16 < f32; u8 with i8
- * gives i32, f16 with bf16 f32; integer / integer gives f32). Computed in f32 (integers: i64, two's complement wrap). */
+ * gives i32, f16 with bf16 f32; integer / integer gives f32). Computed in f32 (integers: i64, two's complement wrap; modulo 0 is 0, a
+ * negative power of anything but 1 and -1 is 0). */
 WANE_API int wane_binary(wane_stream *s, wane_handle *out, const wane_handle *a, const wane_handle *b, int op);
-/* a op value (or value op a when `reversed`): the scalar does not widen a float a; with an integer a and a fractional value, f32. */
+/* a op value (or value op a when `reversed`): the scalar does not widen a float a; with an integer a and a fractional value, or a
+ * negative power, f32; bool with a whole value gives i64 (true + 1 is 2). */
 WANE_API int wane_binary_scalar(wane_stream *s, wane_handle *out, const wane_handle *a, double value, int op, int reversed);
 /* out = cond ? a : b, broadcast. */
 WANE_API int wane_where(wane_stream *s, wane_handle *out, const wane_handle *cond, const wane_handle *a, const wane_handle *b);
@@ -282,12 +284,13 @@ WANE_API int wane_reduce(wane_stream *s, wane_handle *out, const wane_handle *x,
 WANE_API int wane_cumsum(wane_stream *s, wane_handle *out, const wane_handle *x, int dim);
 WANE_API int wane_arange(wane_stream *s, wane_handle *out, double start, double stop, double step, int dtype);
 enum { WANE_UNIFORM, WANE_NORMAL };
-/* Philox 4x32-10 counter generator: element i depends on (seed, offset + i) only. uniform: [a, b); normal: mean a, std b. */
+/* Philox 4x32-10 counter generator: element i depends on (seed, offset + i) only. uniform: [a, b), for integers floor(a + (b - a) u);
+ * normal: mean a, std b (Box & Muller 1958). The same bits at every CPU level; see random_kernels.h. */
 WANE_API int wane_random(wane_stream *s, wane_handle *out, int kind, double a, double b, uint64_t seed, uint64_t offset, int dtype, int ndim, const int64_t *shape);
 /* Batched product of the last two dimensions, numpy.matmul's rules (1-D operands too). f32 sums. */
 WANE_API int wane_matmul(wane_stream *s, wane_handle *out, const wane_handle *a, const wane_handle *b);
 WANE_API int wane_cat(wane_stream *s, wane_handle *out, const wane_handle *const *tensors, int count, int dim);
-/* Stable; indices i64 (optional out). NaN sorts last. */
+/* Stable; values and indices (i64) are optional outs. NaN sorts last either way; -0 equals 0. topk: in order, equals by lowest index. */
 WANE_API int wane_sort(wane_stream *s, wane_handle *values, wane_handle *indices, const wane_handle *x, int dim, int descending);
 WANE_API int wane_topk(wane_stream *s, wane_handle *values, wane_handle *indices, const wane_handle *x, int64_t k, int dim, int largest);
 /* out[i...] = x with `dim` replaced by index's shape (i32 or i64, 0-based, negative counts from the end). Out of range fails the op. */

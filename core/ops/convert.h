@@ -38,10 +38,10 @@ static inline void wane_widen_f16(float *restrict y, const wane_u16u *restrict x
   for (; i < n; i++) y[i] = wane_f16_to_f32(x[i]);
 }
 
-static inline void wane_narrow_f16(wane_u16u *restrict y, const float *restrict x, int64_t n) {
+static inline void wane_narrow_f16(wane_u16u *restrict y, const wane_f32u *restrict x, int64_t n) {
   int64_t i = 0;
 #ifdef __F16C__
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(void *)(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(void *)(y + i), _mm256_cvtps_ph(_mm256_loadu_ps((const float *)(const void *)(x + i)), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; i++) y[i] = wane_f32_to_f16(x[i]);
 }
@@ -104,7 +104,7 @@ static inline const wane_i64u *wane_load_i64(int dtype, const char *p, int64_t s
 
 /* Stores n values as `dtype`, `stride` elements apart: rounded once to a 16-bit float, truncated and saturated to an integer,
  * != 0 to bool. */
-static inline void wane_store_f32(int dtype, char *p, int64_t stride, int64_t n, const float *restrict v) {
+static inline void wane_store_f32(int dtype, char *p, int64_t stride, int64_t n, const wane_f32u *restrict v) {
 #define EACH(type, narrow)                                                                       \
   do {                                                                                           \
     type *y = (type *)(void *)p;                                                                 \
@@ -128,7 +128,7 @@ static inline void wane_store_f32(int dtype, char *p, int64_t stride, int64_t n,
 }
 
 /* Stores integers: the low bits (two's complement), != 0 to bool. dtype is an integer or bool. */
-static inline void wane_store_i64(int dtype, char *p, int64_t stride, int64_t n, const int64_t *restrict v) {
+static inline void wane_store_i64(int dtype, char *p, int64_t stride, int64_t n, const wane_i64u *restrict v) {
 #define EACH(type, narrow)                                                                       \
   do {                                                                                           \
     type *y = (type *)(void *)p;                                                                 \

@@ -22,7 +22,8 @@ int wane_cast(wane_stream *s, wane_handle *out, const wane_handle *t, int dtype)
   if (!x) return rc ? rc : WANE_E_STALE;
   if ((rc = wane_need_plain(x, "cast", "t"))) return rc;
   if (dtype < 0 || dtype >= WANE_DTYPE_PLAIN)
-    return wane_fail(WANE_E_DTYPE, "cast: %s is not a plain dtype; quantize with wane_quantize", wane_dtype_name(dtype) ? wane_dtype_name(dtype) : "that number");
+    return wane_fail(WANE_E_DTYPE, "cast: %s is not a plain dtype; quantize with wane_quantize",
+                     wane_dtype_name(dtype) ? wane_dtype_name(dtype) : "that number");
   wane_tensor *y = wane_make(s, out, dtype, x->ndim, x->shape);
   if (!y) return WANE_E_MEMORY;
   push_copy(s, y, x);

@@ -51,7 +51,7 @@ static void copy_run(const wane_op *op, char *const p[], const int64_t st[], int
     const char *x = p[1] + i * st[1] * from_size;
     if (integers) {
       int64_t buffer[WANE_BLOCK];
-      wane_store_i64(to, y, st[0], m, (const int64_t *)(const void *)wane_load_i64(from, x, st[1], m, buffer));
+      wane_store_i64(to, y, st[0], m, wane_load_i64(from, x, st[1], m, buffer));
     } else {
       float buffer[WANE_BLOCK];
       wane_store_f32(to, y, st[0], m, wane_load_f32(from, x, st[1], m, buffer));

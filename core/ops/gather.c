@@ -21,7 +21,8 @@ int wane_index_select(wane_stream *s, wane_handle *out, const wane_handle *x, in
   if ((rc = wane_need_plain(t, "index_select", "x")) || (rc = need_dim(t, dim, "index_select")) || (rc = need_index(at, "index_select"))) return rc;
   int ndim = t->ndim - 1 + at->ndim;
   if (ndim > WANE_MAX_DIMS)
-    return wane_fail(WANE_E_SHAPE, "index_select: %s with index %s has %d dimensions; at most %d", wane_shape_text(t), wane_shape_text(at), ndim, WANE_MAX_DIMS);
+    return wane_fail(WANE_E_SHAPE, "index_select: %s with index %s has %d dimensions; at most %d",
+                     wane_shape_text(t), wane_shape_text(at), ndim, WANE_MAX_DIMS);
   /* x and index as views over the result's shape: each has stride 0 in the other's dimensions. */
   wane_tensor vx = *t, vi = *at;
   int64_t shape[WANE_MAX_DIMS];
@@ -93,7 +94,8 @@ static int cat_shape(wane_stream *s, const wane_handle *const *tensors, int coun
     if ((rc = wane_need_plain(t, "cat", "tensors[i]"))) return rc;
     int fits = t->ndim == first->ndim;
     for (int d = 0; fits && d < t->ndim; d++) fits = d == dim || t->shape[d] == first->shape[d];
-    if (!fits) return wane_fail(WANE_E_SHAPE, "cat: %s (number %d) does not fit to %s along dimension %d", wane_shape_text(t), i + 1, wane_shape_text(first), dim + 1);
+    if (!fits)
+      return wane_fail(WANE_E_SHAPE, "cat: %s (number %d) does not fit to %s along dimension %d", wane_shape_text(t), i + 1, wane_shape_text(first), dim + 1);
     shape[dim] += t->shape[dim];
     *dtype = wane_promote(*dtype, t->dtype);
   }

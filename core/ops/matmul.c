@@ -42,7 +42,8 @@ static int plan(product *p, const wane_tensor *a, const wane_tensor *b) {
   take_matrix(&p->b, 1, size, stride);
   p->n = size[1], p->bk = stride[0], p->bn = stride[1];
   if (size[0] != p->k)
-    return wane_fail(WANE_E_SHAPE, "matmul: %s times %s: the inner sizes %lld and %lld differ", wane_shape_text(a), wane_shape_text(b), (long long)p->k, (long long)size[0]);
+    return wane_fail(WANE_E_SHAPE, "matmul: %s times %s: the inner sizes %lld and %lld differ",
+                     wane_shape_text(a), wane_shape_text(b), (long long)p->k, (long long)size[0]);
   int rc = wane_broadcast_shape(&p->a, &p->b, "matmul (batches)", &p->ndim, p->shape);
   if (rc) return rc;
   p->shape[p->ndim++] = p->m;

@@ -172,7 +172,8 @@ static int sort_or_topk(wane_stream *s, wane_handle *values, wane_handle *indice
   if ((rc = wane_need_plain(t, name, "x"))) return rc;
   if (dim < 0 || dim >= t->ndim) return wane_fail(WANE_E_ARG, "%s: %s has no dimension %d", name, wane_shape_text(t), dim + 1);
   if (k > t->shape[dim])
-    return wane_fail(WANE_E_ARG, "%s: k = %lld, but dimension %d of %s has only %lld elements", name, (long long)k, dim + 1, wane_shape_text(t), (long long)t->shape[dim]);
+    return wane_fail(WANE_E_ARG, "%s: k = %lld, but dimension %d of %s has only %lld elements",
+                     name, (long long)k, dim + 1, wane_shape_text(t), (long long)t->shape[dim]);
   int64_t shape[WANE_MAX_DIMS];
   memcpy(shape, t->shape, sizeof shape);
   shape[dim] = k = k < 0 ? t->shape[dim] : k;

@@ -136,7 +136,9 @@ int wane_broadcast_shape(const wane_tensor *a, const wane_tensor *b, const char 
 
 int wane_promote(int a, int b) {
   /* By width; f16 and bf16 are equals. */
-  static const int8_t rank[WANE_DTYPE_PLAIN] = { [WANE_BOOL] = 0, [WANE_U8] = 1, [WANE_I8] = 1, [WANE_I32] = 2, [WANE_I64] = 3, [WANE_F16] = 4, [WANE_BF16] = 4, [WANE_F32] = 5 };
+  static const int8_t rank[WANE_DTYPE_PLAIN] = {
+    [WANE_BOOL] = 0, [WANE_U8] = 1, [WANE_I8] = 1, [WANE_I32] = 2, [WANE_I64] = 3, [WANE_F16] = 4, [WANE_BF16] = 4, [WANE_F32] = 5,
+  };
   if (a == b) return a;
   if (rank[a] == rank[b]) return rank[a] == 1 ? WANE_I32 : WANE_F32;
   return rank[a] > rank[b] ? a : b;
