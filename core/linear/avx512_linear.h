@@ -9,5 +9,4 @@ const float *avx512_row_scales(const wane_qview *w, int64_t n, int halves, float
 /* Fill slots of the op table. */
 void avx512_register_4bit(wane_backend *b);
 void avx512_register_many16(wane_backend *b);
-void amx_register_4bit(wane_backend *b);
 #endif
