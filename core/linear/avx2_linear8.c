@@ -5,5 +5,5 @@
 
 void wane_linear8_register_avx2(wane_backend *b) {
   wane_int8_register_avx2(b);
-  wane_rows8_register_avx2(b);
+  wane_gguf_register_avx2(b);
 }

@@ -1,8 +1,4 @@
-/* avx2_rows8.c: laying out x for few-row products (rows8.h), the loop around their dot products, and GGUF's dot products.
- *
- * A GGUF row is split 256 values at a time into int8 values in L1 (gguf_split.h) and met there by up to four rows of x: the bits are
- * unpacked once, and one pair of dot products, f32 and int16, serves ten kinds. A row of x meets the same operations in the same
- * order whatever the number of rows. */
+/* avx2_rows8.c: laying out x for few-row products of 8-bit and GGUF weights (rows8.h), and the loop around their dot products. */
 #include <immintrin.h>
 #include <math.h>
 #include "rows8.h"
@@ -35,28 +31,65 @@ static void group_f32(const void *x, int dtype, int64_t at, int64_t left, float 
     _mm256_store_ps(out + i, i < left ? wane_load8(x, dtype, at + i, left - i) : _mm256_setzero_ps());
 }
 
-/* Sums over the runs of a group. */
-static void group_sums(const void *x, int dtype, int64_t at, int64_t left, int run, float *out) {
-  for (int64_t i = 0; i < 256; i += run) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t j = i; j < i + run && j < left; j += 8) sum = _mm256_add_ps(sum, wane_load8(x, dtype, at + j, left - j));
-    *out++ = wane_sum8(sum);
+/* A group into GGUF's order (rows8.h), in place: values 0 2 4 … 30, then 1 3 5 … 31 of each 32. */
+static void mix_i16(int16_t *x) {
+  const __m256i split = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  for (__m256i *p = (__m256i *)x; p < (__m256i *)(x + 256); p += 2) {
+    __m256i a = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(p[0], split), 0xd8), b = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(p[1], split), 0xd8);
+    p[0] = _mm256_permute2x128_si256(a, b, 0x20);
+    p[1] = _mm256_permute2x128_si256(a, b, 0x31);
   }
+}
+
+/* The same for f32: values 0 4 … 28, then 1 5 … 29, 2 6 … 30, 3 7 … 31. */
+static void mix_f32(float *x) {
+  for (__m256 *p = (__m256 *)x; p < (__m256 *)(x + 256); p += 4) {
+    __m256 a = _mm256_permute2f128_ps(p[0], p[2], 0x20), b = _mm256_permute2f128_ps(p[0], p[2], 0x31);
+    __m256 c = _mm256_permute2f128_ps(p[1], p[3], 0x20), d = _mm256_permute2f128_ps(p[1], p[3], 0x31);
+    __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d), ab2 = _mm256_unpackhi_ps(a, b), cd2 = _mm256_unpackhi_ps(c, d);
+    p[0] = _mm256_shuffle_ps(ab, cd, 0x44);
+    p[1] = _mm256_shuffle_ps(ab, cd, 0xee);
+    p[2] = _mm256_shuffle_ps(ab2, cd2, 0x44);
+    p[3] = _mm256_shuffle_ps(ab2, cd2, 0xee);
+  }
+}
+
+/* Sums over the runs of a group: of f32 values, or of integers times their factor. */
+static void group_sums(const void *x, int wide, float factor, int run, float *out) {
+  for (int i = 0; i < 256; i += run) {
+    if (wide) {
+      __m256 sum = _mm256_setzero_ps();
+      for (int j = i; j < i + run; j += 8) sum = _mm256_add_ps(sum, _mm256_load_ps((const float *)x + j));
+      *out++ = wane_sum8(sum);
+    } else {
+      __m256i sum = _mm256_setzero_si256();
+      for (int j = i; j < i + run; j += 16)
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_load_si256((const __m256i *)((const int16_t *)x + j)), _mm256_set1_epi16(1)));
+      *out++ = (float)wane_sum8_i32(sum) * factor;
+    }
+  }
+}
+
+/* Group g of row m. */
+static void prepare_group(const wane_linear_args *a, const wane_rows8 *r, int64_t m, int64_t g) {
+  int64_t at = m * a->K + g * 256, left = a->K - g * 256, to = m * r->stride + g * 256;
+  char *work = a->work;
+  void *x = work + to * (r->wide ? 4 : 2);
+  float factor = 1;
+  if (r->wide) group_f32(a->x, a->dtype, at, left, x);
+  else ((float *)(work + r->scales))[m * r->groups + g] = factor = group_i16(a->x, a->dtype, at, left, x);
+  if (r->run) group_sums(x, r->wide, factor, r->run, (float *)(work + r->sums) + to / r->run);
+  if (r->mixed && r->wide) mix_f32(x);
+  else if (r->mixed) mix_i16(x);
 }
 
 void wane_rows8_prepare_avx2(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_rows8 r = wane_rows8_plan(op->i[14], a.compute, a.M, a.K);
-  char *work = a.work;
   int64_t lo, hi;
   wane_op_range(op, chunk, a.M, 1, &lo, &hi);
   for (int64_t m = lo; m < hi; m++)
-    for (int64_t g = 0; g < r.groups; g++) {
-      int64_t at = m * a.K + g * 256, left = a.K - g * 256, to = m * r.stride + g * 256;
-      if (r.wide) group_f32(a.x, a.dtype, at, left, (float *)work + to);
-      else ((float *)(work + r.scales))[m * r.groups + g] = group_i16(a.x, a.dtype, at, left, (int16_t *)work + to);
-      if (r.run) group_sums(a.x, a.dtype, at, left, r.run, (float *)(work + r.sums) + to / r.run);
-    }
+    for (int64_t g = 0; g < r.groups; g++) prepare_group(&a, &r, m, g);
 }
 
 /* ---------------------------------------------------------------- the loop */
@@ -70,7 +103,7 @@ void wane_rows8_product(const wane_op *op, uint32_t chunk, wane_rows8_dots dots)
   wane_op_range(op, chunk, a.N, 1, &lo, &hi);
   for (int64_t n0 = lo; n0 < hi; n0 += BLOCK)
     for (int64_t m = 0; m < a.M;) {
-      int rows = a.M - m >= 4 ? 4 : a.M - m >= 2 ? 2 : 1;
+      int rows = a.M - m >= 4 ? 4 : 1;
       for (int64_t n = n0; n < hi && n < n0 + BLOCK; n++) {
         float y[4], bias = wane_linear_bias(&a, n);
         dots(&w, n, &r, a.work, m, rows, y);
@@ -78,93 +111,4 @@ void wane_rows8_product(const wane_op *op, uint32_t chunk, wane_rows8_dots dots)
       }
       m += rows;
     }
-}
-
-/* ---------------------------------------------------------------- GGUF */
-
-static inline __m256i widen16(const int8_t *q) { return _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i *)q)); }
-static inline __m256 widen8(const int8_t *q) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q))); }
-
-/* sum[i] += factor * q . x over one group. */
-static inline __attribute__((always_inline)) void group_dots_i16(const int RUN, const int MR, const wane_gguf_group *p, const int16_t *x, int64_t stride, __m256 *sum) {
-  for (int j = 0; j < 256 / RUN; j++) {
-    const __m256 factor = _mm256_broadcast_ss(p->factor + j);
-    __m256i w0 = widen16(p->q + j * RUN), w1 = RUN == 32 ? widen16(p->q + j * RUN + 16) : w0;
-    for (int i = 0; i < MR; i++) {
-      const __m256i *xv = (const __m256i *)(x + i * stride + j * RUN);
-      __m256i t = _mm256_madd_epi16(w0, _mm256_load_si256(xv));
-      if (RUN == 32) t = _mm256_add_epi32(t, _mm256_madd_epi16(w1, _mm256_load_si256(xv + 1)));
-      sum[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), factor, sum[i]);
-    }
-  }
-}
-
-static inline __attribute__((always_inline)) void group_dots_f32(const int RUN, const int MR, const wane_gguf_group *p, const float *x, int64_t stride, __m256 *sum) {
-  for (int j = 0; j < 256 / RUN; j++) {
-    const __m256 factor = _mm256_broadcast_ss(p->factor + j);
-    __m256 t[4];
-    for (int c = 0; c < RUN; c += 8) {
-      __m256 w = widen8(p->q + j * RUN + c);
-      for (int i = 0; i < MR; i++) {
-        __m256 xv = _mm256_load_ps(x + i * stride + j * RUN + c);
-        t[i] = c ? _mm256_fmadd_ps(w, xv, t[i]) : _mm256_mul_ps(w, xv);
-      }
-    }
-    for (int i = 0; i < MR; i++) sum[i] = _mm256_fmadd_ps(t[i], factor, sum[i]);
-  }
-}
-
-/* The row of `blocks` blocks at `in`. PER: blocks a group; `bytes` a block. */
-static inline __attribute__((always_inline)) void row_dots(const int WIDE, const int RUN, const int MR, wane_gguf_splitter split, const uint8_t *in,
-                                                           int64_t blocks, int per, int bytes, const wane_rows8 *r, const char *work, int64_t m, float *out) {
-  wane_gguf_group p;
-  __m256 acc[4], shifts[4];
-  for (int i = 0; i < MR; i++) acc[i] = shifts[i] = _mm256_setzero_ps();
-  for (int64_t g = 0; g < r->groups; g++, blocks -= per, in += per * bytes) {
-    for (int ahead = 0; ahead < per * bytes; ahead += 64) _mm_prefetch((const char *)in + WANE_PREFETCH_AHEAD + ahead, _MM_HINT_T0);
-    split(in, blocks < per ? (int)blocks : per, &p);
-    __m256 sum[4];
-    for (int i = 0; i < MR; i++) sum[i] = _mm256_setzero_ps();
-    if (WIDE) group_dots_f32(RUN, MR, &p, (const float *)work + m * r->stride + g * 256, r->stride, sum);
-    else group_dots_i16(RUN, MR, &p, (const int16_t *)work + m * r->stride + g * 256, r->stride, sum);
-    for (int i = 0; i < MR; i++) {
-      acc[i] = WIDE ? _mm256_add_ps(acc[i], sum[i])
-                    : _mm256_fmadd_ps(sum[i], _mm256_broadcast_ss((const float *)(work + r->scales) + (m + i) * r->groups + g), acc[i]);
-      if (!r->run) continue;
-      const float *xsum = (const float *)(work + r->sums) + ((m + i) * r->groups + g) * (256 / RUN);
-      for (int j = 0; j < 256 / RUN; j += 8) shifts[i] = _mm256_fmadd_ps(_mm256_load_ps(p.shift + j), _mm256_loadu_ps(xsum + j), shifts[i]);
-    }
-  }
-  for (int i = 0; i < MR; i++) out[i] = wane_sum8(_mm256_add_ps(acc[i], shifts[i]));
-}
-
-#define ROW_DOTS(name, WIDE, RUN, MR)                                                                                           \
-  static void name(wane_gguf_splitter split, const uint8_t *in, int64_t blocks, int per, int bytes, const wane_rows8 *r,        \
-                   const char *work, int64_t m, float *out) {                                                                   \
-    row_dots(WIDE, RUN, MR, split, in, blocks, per, bytes, r, work, m, out);                                                    \
-  }
-#define ROW_DOTS_OF(name, WIDE, RUN) ROW_DOTS(name##_1, WIDE, RUN, 1) ROW_DOTS(name##_2, WIDE, RUN, 2) ROW_DOTS(name##_4, WIDE, RUN, 4)
-ROW_DOTS_OF(i16_16, 0, 16)
-ROW_DOTS_OF(i16_32, 0, 32)
-ROW_DOTS_OF(f32_16, 1, 16)
-ROW_DOTS_OF(f32_32, 1, 32)
-
-static void gguf_dots(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, int rows, float *out) {
-  typedef void (*dots)(wane_gguf_splitter, const uint8_t *, int64_t, int, int, const wane_rows8 *, const char *, int64_t, float *);
-  static const dots table[2][2][3] = { { { i16_16_1, i16_16_2, i16_16_4 }, { i16_32_1, i16_32_2, i16_32_4 } },
-                                       { { f32_16_1, f32_16_2, f32_16_4 }, { f32_32_1, f32_32_2, f32_32_4 } } };
-  int block = wane_gguf_block(w->dtype), bytes = wane_gguf_block_bytes(w->dtype);
-  int64_t blocks = w->cols / block;
-  table[r->wide][wane_gguf_run(w->dtype) == 32][rows >> 1](wane_gguf_splitter_avx2(w->dtype), (const uint8_t *)w->codes + n * blocks * bytes, blocks,
-                                                           WANE_GROUP / block, bytes, r, work, m, out);
-}
-
-static void gguf_product(const wane_op *op, uint32_t chunk) { wane_rows8_product(op, chunk, gguf_dots); }
-
-void wane_rows8_register_avx2(wane_backend *b) {
-  const int groups[] = { WANE_GROUP_GGUF, WANE_GROUP_GGUF_K };
-  for (int k = 0; k < 2; k++) {
-    b->ops[WANE_OP_LINEAR_PREPARE + groups[k]] = wane_rows8_prepare_avx2;
-    b->ops[WANE_OP_LINEAR_ROWS + groups[k]] = gguf_product;
-  }
 }

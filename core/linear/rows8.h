@@ -2,35 +2,39 @@
  *
  * WANE_COMPUTE_F32: x as f32. Otherwise x as int16 with a factor for each 256 values: the largest rounding error is 1.5e-5 of the
  * group's largest value, where bf16's is 2e-3 of it, so the product is more accurate than bf16 x bf16 at half the instructions.
- * Kinds with a shift (gguf_split.h) also need the sum of x over each run. */
+ * GGUF kinds with a shift (gguf_split.h) also need the sum of x, as rounded, over each run. */
 #ifndef WANE_ROWS8_H
 #define WANE_ROWS8_H
-#include "gguf_split.h"
 #include "linear.h"
+
+/* Values a run of a GGUF kind: 16 or 32; and whether it has shifts. */
+static inline int wane_gguf_run(int dtype) { return dtype == WANE_Q2_K || dtype == WANE_Q3_K || dtype == WANE_Q6_K ? 16 : 32; }
+static inline int wane_gguf_has_shift(int dtype) { return dtype != WANE_Q8_0; }
 
 typedef struct wane_rows8 {
   int64_t stride;                /* values a row of x, K rounded up to 256; zeros after K */
   int64_t groups;                /* of 256 */
   int wide;                      /* 1: f32, 0: int16 */
+  int mixed;                     /* GGUF: each 32 values lie as bytes of dwords do: i16 0 2 4 … 30, 1 3 … 31; f32 0 4 … 28, 1 5 …, 2 6 …, 3 7 … 31 */
   int run;                       /* values a sum: 16 or 32; 0 if no sums are wanted */
   int64_t sums, scales;          /* offsets: f32 [M][stride / run], f32 [M][groups] */
 } wane_rows8;
 
 static inline wane_rows8 wane_rows8_plan(int dtype, int compute, int64_t M, int64_t K) {
   int gguf = dtype >= WANE_Q4_0, exact = compute == WANE_COMPUTE_F32 || dtype == WANE_BLOCK8 || dtype == WANE_BLOCK8U;
-  wane_rows8 r = { .stride = (K + 255) / 256 * 256, .wide = exact, .run = gguf && wane_gguf_has_shift(dtype) ? wane_gguf_run(dtype) : 0 };
+  wane_rows8 r = { .stride = (K + 255) / 256 * 256, .wide = exact, .mixed = gguf, .run = gguf && wane_gguf_has_shift(dtype) ? wane_gguf_run(dtype) : 0 };
   r.groups = r.stride / 256;
   r.sums = M * r.stride * (r.wide ? 4 : 2);
   r.scales = r.sums + (r.run ? M * (r.stride / r.run) * 4 : 0);
   return r;
 }
 
-/* Dot products of the weight row n with `rows` (1, 2 or 4) rows of x from row m on. */
+/* Dot products of the weight row n with `rows` (1 or 4) rows of x from row m on. */
 typedef void (*wane_rows8_dots)(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, int rows, float *out);
 
 void wane_rows8_prepare_avx2(const wane_op *op, uint32_t chunk);
 /* ROWS with given dot products: 16 weight rows at a time meet four rows of x. */
 void wane_rows8_product(const wane_op *op, uint32_t chunk, wane_rows8_dots dots);
 
-void wane_rows8_register_avx2(wane_backend *b);
+void wane_gguf_register_avx2(wane_backend *b);
 #endif
