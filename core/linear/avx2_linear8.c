@@ -5,5 +5,7 @@
 
 void wane_linear8_register_avx2(wane_backend *b) {
   wane_int8_register_avx2(b);
+  wane_int8_rows_register_avx2(b);
+  wane_block8_register_avx2(b);
   wane_gguf_register_avx2(b);
 }

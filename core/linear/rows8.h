@@ -18,6 +18,7 @@ typedef struct wane_rows8 {
   int mixed;                     /* GGUF: each 32 values lie as bytes of dwords do: i16 0 2 4 … 30, 1 3 … 31; f32 0 4 … 28, 1 5 …, 2 6 …, 3 7 … 31 */
   int run;                       /* values a sum: 16 or 32; 0 if no sums are wanted */
   int64_t sums, scales;          /* offsets: f32 [M][stride / run], f32 [M][groups] */
+  int64_t map;                   /* offset of a wane_block8_map: BLOCK8 */
 } wane_rows8;
 
 static inline wane_rows8 wane_rows8_plan(int dtype, int compute, int64_t M, int64_t K) {
@@ -26,8 +27,18 @@ static inline wane_rows8 wane_rows8_plan(int dtype, int compute, int64_t M, int6
   r.groups = r.stride / 256;
   r.sums = M * r.stride * (r.wide ? 4 : 2);
   r.scales = r.sums + (r.run ? M * (r.stride / r.run) * 4 : 0);
+  r.map = (r.scales + (r.wide ? 0 : M * r.groups * 4) + 63) / 64 * 64;
   return r;
 }
+
+/* A stored map as eight straight lines: with d = code + offset and p the power of two at or below |d|, value = step[i] * (d - p) + base[i] * p,
+ * where i is the low three bits of d's f32 exponent. bitsandbytes' dynamic maps are such lines; code 0 may be an exception. */
+typedef struct wane_block8_map {
+  float step[8], base[8];
+  int32_t offset;
+  int32_t fits;                  /* 0: the map is something else and is looked up */
+  float zero;                    /* what code 0 is worth more than its line says */
+} wane_block8_map;
 
 /* Dot products of the weight row n with `rows` (1 or 4) rows of x from row m on. */
 typedef void (*wane_rows8_dots)(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, int rows, float *out);
@@ -37,4 +48,6 @@ void wane_rows8_prepare_avx2(const wane_op *op, uint32_t chunk);
 void wane_rows8_product(const wane_op *op, uint32_t chunk, wane_rows8_dots dots);
 
 void wane_gguf_register_avx2(wane_backend *b);
+void wane_block8_register_avx2(wane_backend *b);
+void wane_int8_rows_register_avx2(wane_backend *b);
 #endif
