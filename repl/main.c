@@ -27,11 +27,25 @@ static bool exists(const char *folder, const char *name) {
   return access(path, R_OK) == 0;
 }
 
+/* Fills `path` with the program's own path. A chroot without /proc leaves only the name it was called by. */
+static bool own_path(const char *called, char path[PATH_MAX]) {
+  ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 1);
+  if (n > 0) return path[n] = 0, true;
+  if (strchr(called, '/')) return realpath(called, path) != NULL;
+  const char *folder = getenv("PATH");
+  while (folder && *folder) {
+    char candidate[PATH_MAX];
+    int length = (int)strcspn(folder, ":");
+    snprintf(candidate, sizeof candidate, "%.*s/%s", length, folder, called);
+    if (access(candidate, X_OK) == 0) return realpath(candidate, path) != NULL;
+    folder += length + (folder[length] == ':');
+  }
+  return false;
+}
+
 /* Fills `home` with the folder that holds lua/ and repl/: the nearest one above the program. */
-static bool find_home(char home[PATH_MAX]) {
-  ssize_t n = readlink("/proc/self/exe", home, PATH_MAX - 1);
-  if (n <= 0) return false;
-  home[n] = 0;
+static bool find_home(const char *called, char home[PATH_MAX]) {
+  if (!own_path(called, home)) return false;
   parent(home);
   parent(home);
   /* A sanitized program must not load the plain library: its own lies in the lib/ beside its bin/. */
@@ -66,7 +80,7 @@ static void prepare(lua_State *L, const char *home, int argc, char **argv) {
 int main(int argc, char **argv) {
   static char home[PATH_MAX];
   char program[PATH_MAX + 32];
-  if (!find_home(home)) {
+  if (!find_home(argv[0], home)) {
     fprintf(stderr, "%s: repl/main.lua was not found in any folder above the program\n", argv[0]);
     return 1;
   }

@@ -52,10 +52,11 @@ describe("the commands' values", function()
 end)
 
 describe("the progress line", function()
+  local on_terminal = pty.it(it, pending)
   local code = [[-e 'local p = require("wane.cli").progress "loading x"
     for i = 1, 4 do p:update(i * 1e6, 4e6, i) os.execute "sleep 0.15" end p:finish() print "done"']]
 
-  it("is drawn on a terminal and taken away again", function()
+  on_terminal("is drawn on a terminal and taken away again", function()
     local p = pty.spawn { "sh", "-c", program .. " " .. code }
     p:expect "loading x %[=+ *%] +50 %%  2%.00 MB of 4%.00 MB  2 tensors"
     p:expect "\r\27%[Kdone"
@@ -70,6 +71,7 @@ describe("the progress line", function()
 end)
 
 describe("a command on a terminal", function()
+  local it = pty.it(it, pending)
   local model = os.getenv "WANE_DEMO_MODEL" or ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
   it("ends with 130 after ctrl-C in the middle of an answer", function()

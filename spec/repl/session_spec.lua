@@ -77,6 +77,7 @@ describe("a session on a pipe", function()
 end)
 
 describe("a session on a terminal", function()
+  local it = pty.it(it, pending)
   local p
   local state = os.tmpname()
   local function start(options)
@@ -85,7 +86,7 @@ describe("a session on a terminal", function()
     p = pty.spawn({ program }, options)
     p:expect "ctrl%-D leaves.-2004h"         -- keys typed earlier would be the cooked terminal's
   end
-  after_each(function() p:close() end)
+  after_each(function() if p then p:close() end end)
   teardown(function() os.remove(state) end)
 
   it("edits, prints, remembers", function()

@@ -13,6 +13,11 @@ int poll(struct wane_spec_pollfd *fds, unsigned long n, int timeout);
 ptrdiff_t read(int fd, void *buffer, size_t length);
 ptrdiff_t write(int fd, const void *buffer, size_t length);
 int close(int fd);
+int posix_openpt(int flags);
+int grantpt(int fd);
+int unlockpt(int fd);
+char *ptsname(int fd);
+int open(const char *path, int flags, ...);
 int kill(int pid, int signal);
 int waitpid(int pid, int *status, int options);
 ]]
@@ -21,6 +26,26 @@ local C = ffi.C
 local M = {}
 local Pty = {}
 Pty.__index = Pty
+
+--- Whether this system has pseudo-terminals: a chroot without /dev/pts has none.
+-- @return boolean
+function M.available()
+  local master = C.posix_openpt(2)                       -- O_RDWR
+  if master < 0 then return false end
+  local name = C.grantpt(master) == 0 and C.unlockpt(master) == 0 and C.ptsname(master) or nil
+  local slave = name ~= nil and C.open(name, 258) or -1  -- O_RDWR | O_NOCTTY
+  if slave >= 0 then C.close(slave) end
+  C.close(master)
+  return slave >= 0
+end
+
+--- `it` where there are pseudo-terminals; elsewhere the test is skipped and says why.
+-- @param it function busted's
+-- @param pending function busted's
+function M.it(it, pending)
+  if M.available() then return it end
+  return function(name) pending(name .. " (no pseudo-terminals here: mount /dev/pts)") end
+end
 
 --- Starts a program.
 -- @param command string[] program and arguments
