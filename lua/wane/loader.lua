@@ -37,7 +37,7 @@ local function source(job, entry, options)
   item.arrange, item.heads = arrangements[entry.arrange] or 0, entry.heads or 0
   item.ndim = #shape
   for i, size in ipairs(shape) do item.shape[i - 1] = size end
-  local status = C.wane_load_add(job.load, entry.index.handle, item)
+  local status = C.wane_load_add(job.load, entry.index:live(), item)
   if status < 0 then return core.failure(status) end
   job.items = job.items + 1
   return { item = job.items - 1 }
@@ -51,7 +51,7 @@ local function resolve(job, s)
   local status
   if s.map then
     local shape, n = core.shape(s.shape)
-    status = C.wane_index_map(core.stream(), h, s.map.index.handle, s.map.i, core.dtype(s.dtype), n, shape)
+    status = C.wane_index_map(core.stream(), h, s.map.index:live(), s.map.i, core.dtype(s.dtype), n, shape)
   else
     status = C.wane_load_take(job.handle, s.item, core.stream(), h)
   end
@@ -217,7 +217,7 @@ local function finish(job, plans)
   C.wane_scope_swap(s, scope)
   if ok and not message then return tensors end
   for _, t in pairs(tensors) do t:close() end
-  if not ok then return nil, raised, "WANE_E_FAILED" end
+  if not ok then error(raised, 0) end
   return nil, message, code
 end
 

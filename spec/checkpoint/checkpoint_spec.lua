@@ -310,6 +310,26 @@ describe("checkpoint", function()
     end)
   end)
 
+  it("raises once it is closed, and its tensors stay", function()
+    local c = assert(checkpoint.open "spec/fixtures/models/llama")
+    local e = c:find "model.norm.weight"
+    local t = assert(loader.load(c, { { entry = e } }))[1]
+    local before = files.bytes(t)
+    c:close()
+    c:close()
+    collectgarbage()
+    assert.equal(before, files.bytes(t))
+    for _, use in ipairs { function() c:find "model.norm.weight" end, function() c:names() end, function() loader.load(c, { { entry = e } }) end,
+                           function() loader.load(c, { { entry = e, dtype = "f16" } }) end } do
+      local ok, message = pcall(use)
+      assert.is_false(ok)
+      assert.truthy(message:find("was closed", 1, true) and message:find("checkpoint_spec.lua", 1, true), message)
+    end
+    local w = assert(require("wane.checkpoint.writer").open(folder .. "/w.safetensors", {}))
+    w:close()
+    assert.has_error(function() w:finish() end)
+  end)
+
   describe("folders that are broken", function()
     local function fails(path, words, code)
       local c, message, found = checkpoint.open(path)

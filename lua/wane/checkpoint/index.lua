@@ -31,6 +31,12 @@ function M.open(path)
   return setmetatable({ path = path, handle = ffi.gc(out[0], C.wane_index_free) }, Index)
 end
 
+--- The C handle; raises once the index is closed.
+function Index:live()
+  if not self.handle then core.raise("'%s' was closed", self.path) end
+  return self.handle
+end
+
 --- Lets the files go. Mapped tensors stay valid.
 function Index:close()
   if self.handle then C.wane_index_free(ffi.gc(self.handle, nil)) end
@@ -39,17 +45,17 @@ end
 
 --- "safetensors" or "gguf".
 function Index:format()
-  return C.wane_index_format(self.handle) == C.WANE_FORMAT_GGUF and "gguf" or "safetensors"
+  return C.wane_index_format(self:live()) == C.WANE_FORMAT_GGUF and "gguf" or "safetensors"
 end
 
 --- Number of tensors.
-function Index:count() return tonumber(C.wane_index_count(self.handle)) end
+function Index:count() return tonumber(C.wane_index_count(self:live())) end
 
 local raw = ffi.new "wane_entry"
 
 --- Entry number i (from 0) as a table { i, name, file_dtype, dtype (nil where wane does not read it), shape, offset, bytes, file }.
 function Index:entry(i)
-  core.check(C.wane_index_entry(self.handle, i, raw))
+  core.check(C.wane_index_entry(self:live(), i, raw))
   local shape = {}
   for d = 1, raw.ndim do shape[d] = tonumber(raw.shape[d - 1]) end
   return { i = i, name = ffi.string(raw.name), file_dtype = ffi.string(raw.dtype_name), dtype = raw.dtype >= 0 and core.dtype_name(raw.dtype) or nil,
@@ -58,23 +64,23 @@ end
 
 --- The entry of a name, or nil.
 function Index:find(name)
-  local i = tonumber(C.wane_index_find(self.handle, name))
+  local i = tonumber(C.wane_index_find(self:live(), name))
   return i >= 0 and self:entry(i) or nil
 end
 
 --- Is there an entry of that name?
-function Index:has(name) return C.wane_index_find(self.handle, name) >= 0 end
+function Index:has(name) return C.wane_index_find(self:live(), name) >= 0 end
 
 --- Name of entry i (from 0).
 function Index:name(i)
-  core.check(C.wane_index_entry(self.handle, i, raw))
+  core.check(C.wane_index_entry(self:live(), i, raw))
   return ffi.string(raw.name)
 end
 
 --- Paths of the files, in order.
 function Index:files()
   local list = {}
-  for i = 0, C.wane_index_files(self.handle) - 1 do list[#list + 1] = ffi.string(C.wane_index_path(self.handle, i)) end
+  for i = 0, C.wane_index_files(self:live()) - 1 do list[#list + 1] = ffi.string(C.wane_index_path(self:live(), i)) end
   return list
 end
 
@@ -83,7 +89,7 @@ end
 function Index:bytes(entry, most)
   local n = math.min(entry.bytes, most or entry.bytes)
   local buffer = ffi.new("char[?]", math.max(n, 1))
-  local status = C.wane_index_read(self.handle, entry.i, 0, buffer, n)
+  local status = C.wane_index_read(self:live(), entry.i, 0, buffer, n)
   if status < 0 then return core.failure(status) end
   return ffi.string(buffer, n)
 end
@@ -99,7 +105,7 @@ end
 --- The value of a metadata key: string, number or boolean; nil if absent. Arrays: see `array`.
 function Index:meta(key)
   local m = ffi.new "wane_meta"
-  if C.wane_index_meta(self.handle, key, m) < 0 or m.kind == C.WANE_META_ARRAY then return nil end
+  if C.wane_index_meta(self:live(), key, m) < 0 or m.kind == C.WANE_META_ARRAY then return nil end
   return value_of(m)
 end
 
@@ -107,10 +113,10 @@ end
 -- @return integer|nil, function|nil
 function Index:array(key)
   local m = ffi.new "wane_meta"
-  if C.wane_index_meta(self.handle, key, m) < 0 or m.kind ~= C.WANE_META_ARRAY then return nil end
+  if C.wane_index_meta(self:live(), key, m) < 0 or m.kind ~= C.WANE_META_ARRAY then return nil end
   local item = ffi.new "wane_meta"
   return tonumber(m.count), function(i)
-    core.check(C.wane_index_meta_item(self.handle, key, i - 1, item))
+    core.check(C.wane_index_meta_item(self:live(), key, i - 1, item))
     return value_of(item)
   end
 end
@@ -118,7 +124,7 @@ end
 --- All metadata keys, in the order of the file.
 function Index:keys()
   local list = {}
-  for i = 0, tonumber(C.wane_index_meta_count(self.handle)) - 1 do list[#list + 1] = ffi.string(C.wane_index_meta_key(self.handle, i)) end
+  for i = 0, tonumber(C.wane_index_meta_count(self:live())) - 1 do list[#list + 1] = ffi.string(C.wane_index_meta_key(self:live(), i)) end
   return list
 end
 
@@ -133,7 +139,7 @@ function Index:map(entry, dtype, shape)
   end
   local h = core.handle_type()
   local sizes, n = core.shape(shape or entry.shape)
-  local status = C.wane_index_map(core.stream(), h, self.handle, entry.i, core.dtype(dtype), n, sizes)
+  local status = C.wane_index_map(core.stream(), h, self:live(), entry.i, core.dtype(dtype), n, sizes)
   if status < 0 then return core.failure(status) end
   return require("wane.tensor").wrap(h)
 end

@@ -86,6 +86,7 @@ function M.open(path, plan, metadata)
 end
 
 local function place_of(self, name, bytes)
+  if not self.handle then core.raise("write: '%s' was finished or given up", self.path) end
   local p = self.places[name]
   if not p or not p.left then core.raise("write: tensor '%s' was not planned, or was written before", tostring(name)) end
   if p.bytes ~= bytes then core.raise("write: tensor '%s' has %d bytes, %d were planned", name, bytes, p.bytes) end
@@ -137,6 +138,7 @@ end
 --- Flushes the file to the disk and puts it in its place.
 -- @return true|nil, string|nil message, string|nil code
 function Writer:finish()
+  if not self.handle then core.raise("write: '%s' was finished or given up", self.path) end
   for name, p in pairs(self.places) do
     if p.left then core.raise("write: tensor '%s' was planned but not written", name) end
   end
@@ -187,7 +189,7 @@ function M.write_text(path, text)
   local box = ffi.new "wane_writer *[1]"
   local status = C.wane_writer_open(box, path)
   if status < 0 then return core.failure(status) end
-  local self = setmetatable({ places = {}, handle = ffi.gc(box[0], C.wane_writer_free) }, Writer)
+  local self = setmetatable({ path = path, places = {}, handle = ffi.gc(box[0], C.wane_writer_free) }, Writer)
   status = C.wane_writer_write(self.handle, 0, text, #text)
   if status >= 0 then return self:finish() end
   local _, message, code = core.failure(status)
