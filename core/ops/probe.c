@@ -50,6 +50,9 @@ static double operations(int level, int what) {
 #ifdef WANE_KERNELS_AVX512BF16
     wane_probe_ops_avx512bf16,
 #endif
+#ifdef WANE_KERNELS_AMX
+    wane_probe_ops_amx,
+#endif
   };
   int count = (int)(sizeof tables / sizeof *tables);
   for (int i = level < count ? level : count - 1; i >= 0; i--) if (tables[i][what] > 0) return tables[i][what];
