@@ -66,7 +66,8 @@ typedef struct block8_row {
 } block8_row;
 
 /* sum[i] and odd[i] += 256 values at q times MR rows of x. */
-INLINE void group_dots(const int LINES, const int SCALED, const int MR, const uint8_t *q, const block8_row *w, const float *x, int64_t stride, __m256 *sum, __m256 *odd) {
+INLINE void group_dots(const int LINES, const int SCALED, const int MR, const uint8_t *q, const block8_row *w, const float *x, int64_t stride,
+                       __m256 *sum, __m256 *odd) {
   __m256 step = _mm256_loadu_ps(w->map->step), base = _mm256_loadu_ps(w->map->base);
   __m256i offset = _mm256_set1_epi32(w->map->offset);
   for (int k = 0; k < 256; k += 16) {
@@ -139,17 +140,12 @@ INLINE void row_dots(const int LINES, const int MR, const wane_qview *w, int64_t
   for (int i = 0; i < MR; i++) out[i] = wane_sum8(acc[i]);
 }
 
-static void lines_1(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(1, 1, w, n, r, work, m, out); }
-static void lines_4(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(1, 4, w, n, r, work, m, out); }
-static void table_1(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(0, 1, w, n, r, work, m, out); }
-static void table_4(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(0, 4, w, n, r, work, m, out); }
-
 static void block8_dots(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, int rows, float *out) {
   int fits = ((const wane_block8_map *)(work + r->map))->fits;
-  if (fits && rows == 4) lines_4(w, n, r, work, m, out);
-  else if (fits) lines_1(w, n, r, work, m, out);
-  else if (rows == 4) table_4(w, n, r, work, m, out);
-  else table_1(w, n, r, work, m, out);
+  if (fits && rows == 4) row_dots(1, 4, w, n, r, work, m, out);
+  else if (fits) row_dots(1, 1, w, n, r, work, m, out);
+  else if (rows == 4) row_dots(0, 4, w, n, r, work, m, out);
+  else row_dots(0, 1, w, n, r, work, m, out);
 }
 
 static void product(const wane_op *op, uint32_t chunk) { wane_rows8_product(op, chunk, block8_dots); }

@@ -101,7 +101,8 @@ void wane_int8_quantize_avx2(const wane_op *op, int64_t lo, int64_t hi, int wide
   char *work = a.work;
   const uint8_t *flags = a.threshold > 0 && !op->i[WANE_LINEAR_BY_ROW] ? (uint8_t *)work + l.flags : NULL;
   for (int64_t m = lo; m < hi; m++)
-    quantize_row(&a, m, l.stride, flags, wide, (char *)codes + (m - lo) * l.stride * (wide ? 2 : 1), (float *)(work + l.scale) + m, (int32_t *)(work + l.sum) + m);
+    quantize_row(&a, m, l.stride, flags, wide, (char *)codes + (m - lo) * l.stride * (wide ? 2 : 1), (float *)(work + l.scale) + m,
+                 (int32_t *)(work + l.sum) + m);
 }
 
 static void quantize(const wane_op *op, uint32_t chunk) {
@@ -202,7 +203,8 @@ void wane_int8_outliers_avx2(const float *x, int64_t count, const float *wo, int
   }
 }
 
-void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype, int64_t nb, void *y, int y_dtype) {
+void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype,
+                           int64_t nb, void *y, int y_dtype) {
   const __m256 s = _mm256_set1_ps(sca);
   for (int64_t j = 0; j < nb; j += 8) {
     int64_t left = nb - j;

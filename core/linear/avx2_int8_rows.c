@@ -39,21 +39,21 @@ INLINE void row_dots(const int WIDE, const int MR, const int8_t *w, int64_t K, f
       memset(last, 0, sizeof last);
       group = memcpy(last, w, (size_t)K);
     }
-    if (WIDE) group_f32(MR, group, (const float *)work + m * r->stride + g * 256, r->stride, acc, odd);
-    else group_i16(MR, group, (const int16_t *)work + m * r->stride + g * 256, r->stride, (const float *)(work + r->scales) + m * r->groups + g, r->groups, acc);
+    int64_t at = m * r->stride + g * 256;
+    const float *factor = (const float *)(work + r->scales) + m * r->groups + g;
+    if (WIDE) group_f32(MR, group, (const float *)work + at, r->stride, acc, odd);
+    else group_i16(MR, group, (const int16_t *)work + at, r->stride, factor, r->groups, acc);
   }
   for (int i = 0; i < MR; i++) out[i] = wane_sum8(_mm256_add_ps(acc[i], odd[i])) * scale;
 }
 
-static void dots_i1(const int8_t *w, int64_t K, float scale, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(0, 1, w, K, scale, r, work, m, out); }
-static void dots_i4(const int8_t *w, int64_t K, float scale, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(0, 4, w, K, scale, r, work, m, out); }
-static void dots_f1(const int8_t *w, int64_t K, float scale, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(1, 1, w, K, scale, r, work, m, out); }
-static void dots_f4(const int8_t *w, int64_t K, float scale, const wane_rows8 *r, const char *work, int64_t m, float *out) { row_dots(1, 4, w, K, scale, r, work, m, out); }
-
 static void int8_dots(const wane_qview *w, int64_t n, const wane_rows8 *r, const char *work, int64_t m, int rows, float *out) {
-  static void (*const table[2][2])(const int8_t *, int64_t, float, const wane_rows8 *, const char *, int64_t, float *) = { { dots_i1, dots_i4 }, { dots_f1, dots_f4 } };
   float scale = ((const float *)w->absmax)[n] * (1.0f / 127.0f);
-  table[r->wide][rows == 4]((const int8_t *)w->codes + n * w->cols, w->cols, scale, r, work, m, out);
+  const int8_t *row = (const int8_t *)w->codes + n * w->cols;
+  if (r->wide && rows == 4) row_dots(1, 4, row, w->cols, scale, r, work, m, out);
+  else if (r->wide) row_dots(1, 1, row, w->cols, scale, r, work, m, out);
+  else if (rows == 4) row_dots(0, 4, row, w->cols, scale, r, work, m, out);
+  else row_dots(0, 1, row, w->cols, scale, r, work, m, out);
 }
 
 static void product(const wane_op *op, uint32_t chunk) { wane_rows8_product(op, chunk, int8_dots); }

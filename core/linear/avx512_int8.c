@@ -45,7 +45,8 @@ static inline __attribute__((always_inline)) void step(const int MR, const int8_
 }
 
 /* Sums of MR rows of x with four rows of W at row[0..3]. c: [MR][WANE_INT8_ROWS]. */
-static inline __attribute__((always_inline)) void tile(const int MR, const int8_t *x, const int32_t *xsum, int64_t stride, const int8_t *const *row, int64_t K, int32_t *c) {
+static inline __attribute__((always_inline)) void tile(const int MR, const int8_t *x, const int32_t *xsum, int64_t stride, const int8_t *const *row,
+                                                       int64_t K, int32_t *c) {
   __m512i sum[6][4], wv[4];
   int64_t whole = K & ~(int64_t)63;
 #pragma GCC unroll 6

@@ -140,7 +140,8 @@ SPLIT void gguf_factors(const int kind, const uint8_t *in, __m256 *factor, __m25
     case WANE_Q5_K: factors_k4(in, factor, shift); break;
     case WANE_Q6_K:
       for (int k = 0; k < 2; k++) {
-        factor[k] = _mm256_mul_ps(_mm256_set1_ps(half_at(in + 208)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(in + 192 + 8 * k)))));
+        __m256i scale = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(in + 192 + 8 * k)));
+        factor[k] = _mm256_mul_ps(_mm256_set1_ps(half_at(in + 208)), _mm256_cvtepi32_ps(scale));
         shift[k] = _mm256_mul_ps(factor[k], _mm256_set1_ps(-32));
       }
       break;

@@ -78,7 +78,8 @@ void wane_int8_quantize_avx2(const wane_op *op, int64_t lo, int64_t hi, int wide
 void wane_int8_begin_avx2(const wane_op *op, uint32_t chunk);
 void wane_int8_gather_avx2(const int8_t *w, int64_t K, int64_t nb, const int32_t *columns, int64_t count, float *out);
 void wane_int8_outliers_avx2(const float *x, int64_t count, const float *wo, int64_t nb, float *acc);
-void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype, int64_t nb, void *y, int y_dtype);
+void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype,
+                           int64_t nb, void *y, int y_dtype);
 void wane_int8_multiply_avx512(const wane_int8_layout *l, const char *work, int64_t m, int mr, const void *w, int64_t K, int64_t nb, int32_t *c);
 
 /* ---- slots ---- */

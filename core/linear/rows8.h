@@ -15,7 +15,8 @@ typedef struct wane_rows8 {
   int64_t stride;                /* values a row of x, K rounded up to 256; zeros after K */
   int64_t groups;                /* of 256 */
   int wide;                      /* 1: f32, 0: int16 */
-  int mixed;                     /* GGUF: each 32 values lie as bytes of dwords do: i16 0 2 4 … 30, 1 3 … 31; f32 0 4 … 28, 1 5 …, 2 6 …, 3 7 … 31 */
+  int mixed;                     /* GGUF: the order of bytes widened by shifts, 32 values at a time:
+                                  * i16 0 2 4 … 30, 1 3 … 31; f32 0 4 … 28, 1 5 … 29, 2 6 … 30, 3 7 … 31 */
   int run;                       /* values a sum: 16 or 32; 0 if no sums are wanted */
   int64_t sums, scales;          /* offsets: f32 [M][stride / run], f32 [M][groups] */
   int64_t map;                   /* offset of a wane_block8_map: BLOCK8 */
