@@ -104,21 +104,14 @@ end
 
 -- ---------------------------------------------------------------- load
 
---- See wane.load.
-function M.load(path, opts)
-  opts = opts or {}
-  if type(path) ~= "string" then core.raise("load: expected a path, found a %s", type(path)) end
-  local scheme = M.scheme(opts.quant)
-  if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
-  local ckpt, message, code = require("wane.checkpoint").open(path)
-  if not ckpt then return nil, message, code end
-  local tree
-  tree, message, code = models.build(ckpt.config)
+-- Config, tree, values: the part of a load that has the checkpoint open.
+local function read(path, scheme, opts, ckpt)
+  local tree, message, code = models.build(ckpt.config)
   if not tree then return nil, path .. ": " .. message, code end
   local requests, tied, reason = plan(tree, ckpt, scheme)
   if not requests then return nil, tied, reason end
   local tensors
-  tensors, message, code = require("wane.loader").load(ckpt, requests, { progress = opts.progress, io = opts.io, cancelled = opts.cancelled })
+  tensors, message, code = require("wane.loader").load(ckpt, requests, { progress = opts.progress, io = opts.io, cancelled = opts.cancelled, started = opts.started })
   if not tensors then return nil, message, code end
   for i, r in ipairs(requests) do
     r.module[r.field] = tensors[i]
@@ -128,7 +121,21 @@ function M.load(path, opts)
   if tied then tree:find(family.head).weight = tree:find(family.embedding).weight end
   local model = Model.new(tree)
   model.path, model.scheme, model.generation_config = path, scheme or ckpt.quant, ckpt.generation_config or {}
-  model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
+  return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
+end
+
+--- See wane.load.
+function M.load(path, opts)
+  opts = opts or {}
+  if type(path) ~= "string" then core.raise("load: expected a path, found a %s", type(path)) end
+  local scheme = M.scheme(opts.quant)
+  if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
+  local ckpt, message, code = require("wane.checkpoint").open(path)
+  if not ckpt then return nil, message, code end
+  local model
+  model, message, code = read(path, scheme, opts, ckpt)
+  ckpt:close()                                          -- mapped tensors keep their files; nothing else needs them
+  if not model then return nil, message, code end
   local tok
   if opts.tokenizer ~= false then
     tok, message, code = require("wane.tokenizer").load(path)
