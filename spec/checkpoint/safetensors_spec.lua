@@ -284,7 +284,7 @@ describe("safetensors", function()
       local path = folder .. "/old.safetensors"
       assert(checkpoint.write_safetensors(path, { a = files.tensor("u8", { 3 }, "old") }))
       -- a file size limit stands in for a full disk: the write fails half-way (SIGXFSZ ignored by the shell's trap)
-      local script = ([[trap '' XFSZ; ulimit -f 8; LUA_PATH='lua/?.lua;lua/?/init.lua;spec/?.lua' luajit -e '
+      local script = ([[trap '' XFSZ; ulimit -f 8; LUA_PATH='lua/?.lua;lua/?/init.lua;spec/?.lua' ${WANE_TEST_LUA:-luajit} -e '
         local files, checkpoint = require "support.files", require "wane.checkpoint"
         local big = files.tensor("u8", { 1000000 }, ("x"):rep(1000000))
         local ok, message, code = checkpoint.write_safetensors("%s", { a = big })

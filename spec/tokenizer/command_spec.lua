@@ -5,7 +5,7 @@ local cjson = require "cjson"
 local function run(args, stdin)
   local out, err = os.tmpname(), os.tmpname()
   local feed = stdin and ("printf %%s %s | "):format(stdin) or ""
-  local command = ("%sluajit scripts/tokenize.lua %s >%s 2>%s; echo $?"):format(feed, args, out, err)
+  local command = ("%s${WANE_TEST_LUA:-luajit} scripts/tokenize.lua %s >%s 2>%s; echo $?"):format(feed, args, out, err)
   local p = io.popen("export LUA_PATH='./lua/?.lua;./lua/?/init.lua;;'; " .. command)
   local status = tonumber(p:read "*a")
   p:close()
