@@ -111,7 +111,9 @@ local function read(path, scheme, opts, ckpt)
   local requests, tied, reason = plan(tree, ckpt, scheme)
   if not requests then return nil, tied, reason end
   local tensors
-  tensors, message, code = require("wane.loader").load(ckpt, requests, { progress = opts.progress, io = opts.io, cancelled = opts.cancelled, started = opts.started })
+  tensors, message, code = require("wane.loader").load(ckpt, requests, {
+    progress = opts.progress, io = opts.io, cancelled = opts.cancelled, started = opts.started,
+  })
   if not tensors then return nil, message, code end
   for i, r in ipairs(requests) do
     r.module[r.field] = tensors[i]

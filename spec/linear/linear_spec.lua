@@ -81,7 +81,8 @@ describe("products", function()
             local by_tiles = level == "amx" and mode[1] == "bf16" and M > 8
             local worst = s.difference(got, by_tiles and tiles or want, n)
             note(level .. " " .. mode[1] .. (by_tiles and " (of the bf16 product)" or ""), worst / size)
-            assert.is_true(worst <= (by_tiles and 3e-5 or mode[3]) * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(level, mode[1], M, N, K, worst, size))
+            assert.is_true(worst <= (by_tiles and 3e-5 or mode[3]) * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(
+              level, mode[1], M, N, K, worst, size))
           end
         end)
       end
@@ -104,7 +105,8 @@ describe("products", function()
             local got, n = s.linear_backward(dy, w, mode[2])
             local worst = s.difference(got, level == "amx" and mode[1] == "bf16" and tiles or want, n)
             note(level .. " backward " .. mode[1], worst / size)
-            assert.is_true(worst <= mode[3] * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(level, mode[1], M, N, K, worst, size))
+            assert.is_true(worst <= mode[3] * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(
+              level, mode[1], M, N, K, worst, size))
           end
         end)
       end
@@ -121,9 +123,9 @@ describe("products", function()
         local bias = cast(s.tensor("f32", { N }, s.activations(r, 1, N)), dtype)
         s.at_levels(function(level)
           local wide, n = s.linear(cast(x, "f32"), w, cast(bias, "f32"))
-          local rounded = s.read(cast(s.tensor("f32", { M, N }, wide), dtype))
+          local want = s.read(cast(s.tensor("f32", { M, N }, wide), dtype))
           local got = s.linear(x, w, bias)
-          for i = 0, n - 1 do assert.equal(rounded[i], got[i], level .. " " .. dtype) end
+          for i = 0, n - 1 do assert.equal(want[i], got[i], level .. " " .. dtype) end
         end)
       end
     end
