@@ -8,6 +8,7 @@ local core = require "wane.core"
 local C = core.C
 local json = require "wane.checkpoint.json"
 local loader = require "wane.loader"
+local names = require "wane.checkpoint.names"
 local quantized = require "wane.checkpoint.quantized"
 local writer = require "wane.checkpoint.writer"
 local Tensor = require "wane.tensor"
@@ -249,7 +250,7 @@ end
 -- config.json: the source's own text with quantization_config added, so that nothing in it changes; a GGUF's is written anew.
 local function config_text(ckpt, scheme, skip, dtype)
   local addition
-  if scheme.type ~= "int8-blockwise" then addition = quantized.config(scheme, skip) end
+  if scheme.type ~= "int8-blockwise" then addition = quantized.config(scheme, names.skip_list(ckpt.config.model_type, skip)) end
   if not ckpt.config_text then
     local c = {}
     for k, v in pairs(ckpt.config) do if k ~= "gguf_architecture" then c[k] = v end end

@@ -112,6 +112,23 @@ function M.canonical(model_type, name, bare)
   return bare and family.prefix .. "." .. name or name
 end
 
+--- A skip list for a file's config: where it names the output head, under every name that upstream's versions know it by.
+-- @param model_type string
+-- @param skip string[]|nil
+-- @return string[]|nil
+function M.skip_list(model_type, skip)
+  local family = families[model_type]
+  if not skip or not family then return skip end
+  local list, there = {}, {}
+  for i, name in ipairs(skip) do list[i], there[name] = name, true end
+  local heads, named = { family.head }, there[family.head]
+  for _, other in ipairs(family.heads) do heads[#heads + 1], named = other, named or there[other] end
+  for _, name in ipairs(named and heads or {}) do
+    if not there[name] then list[#list + 1] = name end
+  end
+  return list
+end
+
 --- The base model's prefix of a family, or nil.
 function M.prefix(model_type) return families[model_type] and families[model_type].prefix end
 
