@@ -297,11 +297,13 @@ static int64_t shape_bytes(int dtype, int ndim, const int64_t *shape) {
   int64_t n = wane_size_of(dtype);
   if (n == 0) return wane_fail(WANE_E_DTYPE, "a plain tensor cannot have dtype %s: see wane_quantize", wane_dtype_name(dtype) ? wane_dtype_name(dtype) : "?");
   if (ndim < 0 || ndim > WANE_MAX_DIMS) return wane_fail(WANE_E_SHAPE, "%d dimensions: at most %d", ndim, WANE_MAX_DIMS);
+  int empty = 0;                                      /* a size of 0 does not excuse the others: strides are their products */
   for (int i = 0; i < ndim; i++) {
     if (shape[i] < 0) return wane_fail(WANE_E_SHAPE, "size %lld of dimension %d is negative", (long long)shape[i], i + 1);
-    if (__builtin_mul_overflow(n, shape[i], &n)) return wane_fail(WANE_E_SHAPE, "the sizes overflow: too many elements");
+    empty |= shape[i] == 0;
+    if (__builtin_mul_overflow(n, shape[i] ? shape[i] : 1, &n)) return wane_fail(WANE_E_SHAPE, "the sizes overflow: too many elements");
   }
-  return n;
+  return empty ? 0 : n;
 }
 
 static wane_tensor *make_in(wane_stream *s, wane_handle *out, int kind, int dtype, int ndim, const int64_t *shape) {

@@ -53,6 +53,7 @@ describe("making tensors", function()
     assert.truthy(message_of(wane.arange, 0, 1, 0):find "step not 0")
     assert.truthy(message_of(wane.zeros, -1):find "negative")
     assert.truthy(message_of(wane.zeros, 2 ^ 40, 2 ^ 40):find "overflow")
+    assert.truthy(message_of(wane.zeros, 0, 2 ^ 40, 2 ^ 40):find "overflow")
     assert.truthy(message_of(wane.zeros, 1, 1, 1, 1, 1, 1, 1, 1, 1):find "at most 8")
   end)
 

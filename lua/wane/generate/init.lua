@@ -112,6 +112,9 @@ function M.start(model, prompts, opts)
   if #prompts == 0 then core.raise "generate: no prompts" end
   for b, p in ipairs(prompts) do
     if type(p) ~= "table" or #p == 0 then core.raise("generate: prompt %d is empty; give at least one id (bos?)", b) end
+    for t, id in ipairs(p) do
+      if type(id) ~= "number" or id % 1 ~= 0 then core.raise("generate: id %d of prompt %d is %s; expected whole numbers", t, b, tostring(id)) end
+    end
   end
   local longest = 0
   for _, p in ipairs(prompts) do longest = math.max(longest, #p) end
