@@ -237,7 +237,7 @@ static int add_kinds(reader *r) {
 static int read_all(reader *r) {
   char magic[4];
   uint32_t version;
-  uint64_t tensors, pairs;
+  uint64_t tensors, pairs = 0;
   int status = get(r, magic, 4);
   if (!status && memcmp(magic, "GGUF", 4)) return wane_fail(WANE_E_FORMAT, "%.*s is no GGUF file (its first bytes are not 'GGUF')", SHOWN, r->path);
   if (!status) status = get(r, &version, 4);
