@@ -148,7 +148,7 @@ end
 -- Random numbers: element i of a call depends on (seed, how many were drawn before it) alone.
 local generator = { seed = 0, drawn = 0 }
 
---- Starts the random sequence of this Lua state aM. Without a call the seed is 0: programs repeat themselves.
+--- Starts the random sequence of this Lua state anew. Without a call the seed is 0: programs repeat themselves.
 -- @param seed integer
 function M.manual_seed(seed) generator.seed, generator.drawn = seed, 0 end
 
