@@ -283,6 +283,14 @@ local function copy_companions(folder, dir)
   return true
 end
 
+ffi.cdef "char *realpath(const char *, char *);"
+local path_buffer = ffi.new "char[4096]"                -- PATH_MAX
+
+-- The path without links and dots, or nil where nothing is there.
+local function real_path(path)
+  return ffi.C.realpath(path, path_buffer) ~= nil and ffi.string(path_buffer) or nil
+end
+
 --- Writes a quantized copy of a checkpoint. config.json is written last: a folder without it was not finished.
 -- @param dir string made if it is not there
 -- @param opts table { checkpoint = wane.Checkpoint, scheme = { type, block_size, double_quant, compute, threshold }, select = nil |
@@ -303,6 +311,10 @@ function M.write_quantized(dir, opts)
   end
   local items, message, code = list_items(ckpt, opts, choose)
   if not items then return nil, message, code end
+  local target, source = real_path(dir), real_path(ckpt.folder or ckpt.path)
+  if target and target == source then
+    return nil, ("'%s' is the model's own folder: writing there would destroy the original; name another"):format(dir), "WANE_E_ARG"
+  end
   local status = C.wane_path_make(dir)
   if status < 0 then return core.failure(status) end
   local done = { bytes = 0, tensors = 0, total = 0 }
@@ -318,6 +330,8 @@ function M.write_quantized(dir, opts)
       total = total + numel(k.shape) * widths[k.dtype]
     end
   end
+  -- What an earlier run left under the other name would be read instead of this one's files.
+  os.remove(dir .. (#shards > 1 and "/model.safetensors" or "/model.safetensors.index.json"))
   local ok = true
   if #shards > 1 then
     ok, message, code = writer.write_text(dir .. "/model.safetensors.index.json", json.encode { metadata = { total_size = total }, weight_map = map } .. "\n")
