@@ -104,6 +104,17 @@ end
 
 -- ---------------------------------------------------------------- load
 
+local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true }
+local known_scheme = { type = true, block_size = true, double_quant = true, compute = true, skip = true, threshold = true }
+
+--- Raises for a name that is not in `names`: a misspelt option would load another model than was asked for.
+local function check_names(what, given, names)
+  for name in pairs(given) do
+    if name == "max_memory" or name == "lora" then core.raise("%s: '%s' comes with a later version of wane", what, name) end
+    if not names[name] then core.raise("%s: there is no option '%s'", what, tostring(name)) end
+  end
+end
+
 -- Config, tree, values: the part of a load that has the checkpoint open.
 local function read(path, scheme, opts, ckpt)
   local tree, message, code = models.build(ckpt.config)
@@ -128,8 +139,11 @@ end
 
 --- See wane.load.
 function M.load(path, opts)
-  opts = opts or {}
   if type(path) ~= "string" then core.raise("load: expected a path, found a %s", type(path)) end
+  if opts ~= nil and type(opts) ~= "table" then core.raise("load: expected a table of options, found a %s", type(opts)) end
+  opts = opts or {}
+  check_names("load", opts, known)
+  if type(opts.quant) == "table" then check_names("quant", opts.quant, known_scheme) end
   local scheme = M.scheme(opts.quant)
   if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
   local ckpt, message, code = require("wane.checkpoint").open(path)

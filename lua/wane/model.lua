@@ -34,7 +34,8 @@ local function ids_tensor(lists)
   end
   if type(lists) ~= "table" then core.raise("ids: expected a list of lists of token ids, found a %s", type(lists)) end
   if type(lists[1]) == "number" then lists = { lists } end
-  local batch, time = #lists, lists[1] and #lists[1] or 0
+  local batch, time = #lists, type(lists[1]) == "table" and #lists[1] or 0
+  if time == 0 then core.raise "ids: there is no token: expected lists of at least one id" end
   local data = ffi.new("int32_t[?]", math.max(batch * time, 1))
   for b = 1, batch do
     if #lists[b] ~= time then core.raise("ids: row 1 has %d ids, row %d has %d: pad them and give attention_mask", time, b, #lists[b]) end

@@ -43,6 +43,7 @@ end
 -- @param prompt_length integer
 -- @return table
 function M.options(model, opts, prompt_length)
+  if opts ~= nil and type(opts) ~= "table" then core.raise("generate: expected a table of options, found a %s", type(opts)) end
   local o = { do_sample = false, temperature = 1, top_k = 50, top_p = 1, min_p = 0, repetition_penalty = 1, no_repeat_ngram_size = 0, min_length = 0 }
   for k, v in pairs(model.generation_config or {}) do if known[k] then o[k] = v end end
   for k, v in pairs(opts or {}) do
