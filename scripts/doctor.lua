@@ -98,6 +98,10 @@ local function troubles(report)
   for note in report.cpu.notes:gmatch "%S+" do say("%s: %s", note, meanings[note] or "see docs") end
   if report.cpu.level == "generic" then say "no vector instructions are used: everything runs on the portable reference, some ten times slower" end
   if report.cpu.level ~= report.cpu.best then say("WANE_CPU lowers the instruction set from %s to %s", report.cpu.best, report.cpu.level) end
+  local wanted = os.getenv "WANE_CPU"
+  if wanted and wanted ~= report.cpu.level then
+    say("WANE_CPU=%s has no effect: it is no level below %s (generic, avx2, avx512, avx512bf16, amx)", wanted, report.cpu.best)
+  end
   if report.cpu.processors and report.threads < report.cpu.processors then
     say("%d of %d processors may be used (affinity or a cgroup's quota)", report.threads, report.cpu.processors)
   end

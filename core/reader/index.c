@@ -184,6 +184,8 @@ static int open_run(wane_job *job, void *state) {
   if (status != WANE_OK) return status;
   if (!memcmp(head, "GGUF", 4)) return wane_gguf_read(ix, 0, job);
   size_t n = strlen(o->path);
+  if (n > 5 && !strcmp(o->path + n - 5, ".gguf"))
+    return wane_fail(WANE_E_FORMAT, "'%s' is no GGUF file: it does not begin with \"GGUF\"", o->path);
   if ((head[0] == '{' && memcmp(head + 4, "\0\0\0", 4)) || (n > 5 && !strcmp(o->path + n - 5, ".json"))) return wane_shards_read(ix, job, o->path);
   return wane_safetensors_read(ix, 0, job);
 }

@@ -21,13 +21,21 @@ local argparse = require "argparse"
 
 local M = {}
 
-ffi.cdef "int isatty(int);"
+ffi.cdef "int isatty(int); int ferror(void *);"
 
 local program = "wane"                                  -- "wane generate" once a parser was made
 local terminal = package.preload["wane.terminal"] and require "wane.terminal"   -- only inside bin/wane
 local active_progress                                   -- the progress line on the screen now, or nil
 
 -- ---------------------------------------------------------------- usage and errors
+
+-- What was written must have arrived: a full disk is an error, not the end of a success.
+local function flush_stdout()
+  local ok, message = io.stdout:flush()
+  if ok and ffi.C.ferror(io.stdout) == 0 then return end
+  io.stderr:write(program, ": cannot write to stdout: ", message or "an earlier write failed", "\n")
+  os.exit(1)
+end
 
 --- Parser of a command's options (lua-argparse). Wrong usage exits with status 2.
 -- @param name string "generate"
@@ -100,6 +108,7 @@ function M.run(parser, body)
   local ok, message = xpcall(body, handler, args)
   if active_progress then active_progress:clear() end
   if not ok then M.fail("%s", message) end
+  flush_stdout()                                        -- of what print() left
 end
 
 --- Whether ctrl-C was pressed (inside bin/wane; plain luajit ends by itself).
@@ -199,7 +208,7 @@ end
 function M.out(piece)
   if active_progress then active_progress:clear() end
   io.stdout:write(piece)
-  io.stdout:flush()
+  flush_stdout()
 end
 
 --- A line for people on stderr (never with --json's result, which is alone on stdout).
@@ -266,7 +275,7 @@ end
 -- @param object table
 function M.json(object)
   io.stdout:write(M.to_json(object), "\n")
-  io.stdout:flush()
+  flush_stdout()
 end
 
 --- Aligned columns for people.
@@ -367,6 +376,8 @@ function M.load_options(args)
   if args.lora then M.later("--lora", "adapters") end
   local options = { compute = args.compute }
   if args.quant and args.quant ~= "none" then
+    if args.double_quant and args.quant ~= "nf4" and args.quant ~= "fp4" then M.usage("--double-quant is for nf4 and fp4, not %s", args.quant) end
+    if args.threshold and args.quant ~= "int8" then M.usage("--threshold is for int8, not %s", args.quant) end
     options.quant = { type = args.quant, block_size = args.block_size, double_quant = args.double_quant, threshold = args.threshold,
                       skip = args.skip and #args.skip > 0 and args.skip or nil, compute = args.compute }
   elseif args.block_size or args.double_quant or args.threshold or (args.skip and #args.skip > 0) then

@@ -176,3 +176,47 @@ describe("doctor", function()
     if report.cpu.best ~= "generic" then assert.matches("WANE_CPU lowers", table.concat(report.troubles, "\n")) end
   end)
 end)
+
+describe("mistakes that a command must tell", function()
+  it("names what later versions bring", function()
+    for _, name in ipairs { "finetune", "pull" } do
+      local status, out, err = wane(name .. " --help")
+      assert.equal(2, status)
+      assert.equal("", out)
+      assert.matches(name .. ".*not part of this version yet", err)
+    end
+  end)
+
+  it("a full disk under stdout is a failure", function()
+    local status = os.execute(program .. " doctor --json >/dev/full 2>/dev/null")
+    assert.is_true(status ~= 0 and status ~= nil)
+  end)
+
+  it("a text file called .gguf", function()
+    local path = os.tmpname() .. ".gguf"
+    local file = assert(io.open(path, "w"))
+    file:write "hello world\n"
+    file:close()
+    local status, _, err = wane("inspect " .. path)
+    os.remove(path)
+    assert.equal(1, status)
+    assert.matches("is no GGUF file", err)
+  end)
+end)
+
+describe("wane quantize's folder", function()
+  local source = "spec/fixtures/models/llama"
+
+  it("is never the model's own, and is not read through what an earlier run left", function()
+    local status, _, err = wane(("quantize --model %s --quant nf4 --out %s/../llama"):format(source, source))
+    assert.equal(1, status)
+    assert.matches("own folder", err)
+    local dir = os.tmpname()
+    os.remove(dir)
+    assert.equal(0, (wane(("quantize --model %s --quant nf4 --out %s"):format(source, dir))))
+    assert.equal(0, (wane(("quantize --model %s --quant int8 --max-shard-size 40K --out %s"):format(source, dir))))
+    local _, out = wane("inspect " .. dir)
+    os.execute("rm -r " .. dir)
+    assert.matches("q_proj.weight +int8", out)
+  end)
+end)
