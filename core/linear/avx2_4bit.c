@@ -130,8 +130,10 @@ WANE_INLINE __m256 chunk_scale(const scales *s, int64_t c, const int kind, __m25
   if (kind == PLAIN) return _mm256_broadcast_ss(s->absmax + c);
   if (kind == NESTED) return _mm256_fmadd_ps(_mm256_broadcast_ss(s->code + s->codes[c]), shared, offset);
   if (kind == HALVES) return _mm256_blend_ps(_mm256_broadcast_ss(s->absmax + 2 * c), _mm256_broadcast_ss(s->absmax + 2 * c + 1), 0xf0);
-  if (kind == NESTED_HALVES)
-    return _mm256_fmadd_ps(_mm256_blend_ps(_mm256_broadcast_ss(s->code + s->codes[2 * c]), _mm256_broadcast_ss(s->code + s->codes[2 * c + 1]), 0xf0), shared, offset);
+  if (kind == NESTED_HALVES) {
+    __m256 level = _mm256_blend_ps(_mm256_broadcast_ss(s->code + s->codes[2 * c]), _mm256_broadcast_ss(s->code + s->codes[2 * c + 1]), 0xf0);
+    return _mm256_fmadd_ps(level, shared, offset);
+  }
   return shared;
 }
 

@@ -113,7 +113,8 @@ WANE_INLINE __m512i load_chunk(const uint8_t *q, int whole) {
   return whole ? _mm512_loadu_si512(q) : _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_loadu_si256((const __m256i *)(const void *)q), 0);
 }
 
-WANE_INLINE void chunk_int16(const uint8_t *q, const char *x, const char *xs, int64_t stride, __m512 scale, int whole, __m512i levels, const int R, __m512 *sum) {
+WANE_INLINE void chunk_int16(const uint8_t *q, const char *x, const char *xs,
+                             int64_t stride, __m512 scale, int whole, __m512i levels, const int R, __m512 *sum) {
   __m512i v = load_chunk(q, whole), acc[4];
   for (int m = 0; m < R; m++) acc[m] = _mm512_setzero_si512();
 #pragma GCC unroll 4
@@ -154,7 +155,8 @@ static tables tables_of(int dtype) {
 }
 
 /* Rows [lo, hi) of W against R rows of x from m on. mode, halves and R are constants: one loop a combination. */
-WANE_INLINE void block(const wane_linear_args *a, const wane_qview *w, const tables *t, int64_t lo, int64_t hi, int64_t m, const int mode, const int halves, const int R) {
+WANE_INLINE void block(const wane_linear_args *a, const wane_qview *w, const tables *t, int64_t lo, int64_t hi, int64_t m,
+                       const int mode, const int halves, const int R) {
   int64_t chunks = a->K / CHUNK, stride = row_bytes(mode, a->K), part = a->K % CHUNK != 0, per_row = a->K / BLOCK << halves;
   const char *x = (const char *)a->work + m * stride, *xs = x + chunks_of(a->K) * CHUNK * 2;
   float *buffer = wane_scratch();
