@@ -50,6 +50,9 @@ cli.run(parser, function(args)
   local report = { in_bytes = result.bytes, out_bytes = out_bytes, seconds = seconds,
     peak_rss_bytes = wane.memory().rss_peak, layers = args.report and layers or nil }
   if args.json then return cli.json(report) end
+  if out_bytes > result.bytes and not args.dtype then
+    cli.note("the copy is larger: GGUF blocks that stay unquantized are written as their exact float32 values; --dtype bf16 halves them")
+  end
   if args.report then
     local rows = { { "layer", "rel. error", "max error", "mean error" } }
     for _, l in ipairs(layers) do rows[#rows + 1] = { l.name, ("%.5f"):format(l.rel_error), ("%.5f"):format(l.max_error), ("%.6f"):format(l.mean_error) } end

@@ -173,6 +173,7 @@ static void on_read(uv_fs_t *request) {
 static void read_on(slot *s) {
   uint64_t run, from = wane_conversion_place(&s->it->c, s->at, &run);
   if (run > s->end - s->at) run = s->end - s->at;
+  if (run > 1u << 30) run = 1u << 30;                 /* short reads go on from where they ended */
   uv_buf_t buffer = uv_buf_init(s->to + (s->at - s->begin), (unsigned)run);
   s->request.data = s;
   int e = uv_fs_read(&s->load->loop, &s->request, s->it->file->fd, &buffer, 1, (int64_t)(s->it->offset + from), on_read);

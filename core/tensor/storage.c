@@ -190,6 +190,10 @@ void *wane_workspace(wane_stream *s, size_t bytes, wane_storage **hold) {
 static pthread_mutex_t descriptor_lock = PTHREAD_MUTEX_INITIALIZER;
 static wane_tensor *descriptors;
 
+void wane_descriptors_lock(int on) {
+  if (on) pthread_mutex_lock(&descriptor_lock); else pthread_mutex_unlock(&descriptor_lock);
+}
+
 static wane_tensor *descriptor_new(wane_stream *s) {
   pthread_mutex_lock(&descriptor_lock);
   if (!descriptors) {
@@ -397,11 +401,18 @@ int wane_tensor_move(wane_stream *s, const wane_handle *h, wane_scope *scope) {
 
 /* ---------------------------------------------------------------- using handles */
 
-static uint64_t ticket_of(const wane_tensor *t) {
-  uint64_t ticket = t->storage ? t->storage->ticket : 0;
+/* Ticket of a storage's last write; 0 once an upload is through: a stop around it does not concern it. */
+static uint64_t written_at(const wane_storage *st) {
+  if (!st || (st->always && atomic_load(&st->stream->retired) >= st->ticket)) return 0;
+  return st->ticket;
+}
+
+uint64_t wane_ticket_of(const wane_tensor *t) {
+  uint64_t ticket = written_at(t->storage);
   for (int i = 0; t->parts && i < WANE_PARTS; i++) {
     const wane_tensor *p = t->parts->part[i];
-    if (p && p->storage && p->storage->ticket > ticket) ticket = p->storage->ticket;
+    uint64_t at = p ? written_at(p->storage) : 0;
+    if (at > ticket) ticket = at;
   }
   return ticket;
 }
@@ -411,7 +422,7 @@ wane_tensor *wane_use(wane_stream *s, const wane_handle *h, const char *what) {
   if (!t) { wane_fail(WANE_E_STALE, "%s: %s", what, h && h->t ? "this tensor was freed (its scope ended, or close() was called)" : "no tensor given"); return NULL; }
   if (t->stream != s) { wane_fail(WANE_E_STALE, "%s belongs to another stream (another Lua state?)", what); return NULL; }
   if (s->nbad) {
-    int code, why = wane_stream_bad(s, ticket_of(t), &code);
+    int code, why = wane_stream_bad(s, wane_ticket_of(t), &code);
     if (why) {
       wane_fail(why, "%s was never computed: %s %s", what, wane_op_name(code),
                 why == WANE_E_CANCELLED ? "was cancelled" : why == WANE_E_FORKED ? "was lost in a fork" : "failed before it");
@@ -429,7 +440,7 @@ int wane_tensor_info(const wane_handle *h, wane_info *out) {
   out->ndim = t->ndim;
   memcpy(out->shape, t->shape, sizeof out->shape);
   out->numel = wane_numel(t);
-  out->ticket = ticket_of(t);
+  out->ticket = wane_ticket_of(t);
   if (t->parts) {
     out->block_size = t->parts->block_size;
     out->contiguous = 1;

@@ -276,9 +276,16 @@ int wane_live_threads(void) { return atomic_load(&cpu.live); }
 
 /* ---------------------------------------------------------------- fork */
 
-static void fork_prepare(void) { pthread_mutex_lock(&cpu.lock); }
-static void fork_parent(void) { pthread_mutex_unlock(&cpu.lock); }
+static void fork_prepare(void) {
+  pthread_mutex_lock(&cpu.lock);
+  wane_descriptors_lock(1);
+}
+static void fork_parent(void) {
+  wane_descriptors_lock(0);
+  pthread_mutex_unlock(&cpu.lock);
+}
 static void fork_child(void) {
+  wane_descriptors_lock(0);
   pthread_mutex_unlock(&cpu.lock);
   atomic_store(&cpu.forked, 1);
 }
@@ -363,6 +370,7 @@ void wane_stream_unref(wane_stream *s) {
 }
 
 static void publish(wane_stream *s);
+static void make_room(wane_stream *s, uint64_t slots);
 
 void wane_stream_close(wane_stream *s) {
   if (!s || s->closed) return;
@@ -373,9 +381,7 @@ void wane_stream_close(wane_stream *s) {
     int32_t none = 0;
     atomic_compare_exchange_strong(&s->stop, &none, WANE_E_CANCELLED);
     atomic_fetch_add(&s->refs, 1);
-    if (s->tail_local - atomic_load(&s->retired) >= RING) {   /* full: make room, at most the claimed chunks are waited for */
-      while (s->tail_local - atomic_load(&s->retired) >= RING) sched_yield();
-    }
+    make_room(s, 1);                                  /* a full ring is stopped too: at most the claimed chunks are waited for */
     wane_op *op = &s->ring[s->tail_local % RING];
     memset(op, 0, sizeof *op);
     op->nchunks = 1;
@@ -410,7 +416,12 @@ static int report(wane_stream *s, int why, int code) {
   switch (why) {
     case WANE_E_CANCELLED: return wane_fail(why, "cancelled");
     case WANE_E_FORKED: return wane_fail(why, "this result was being computed (%s) when the process forked; compute it again here", wane_op_name(code));
-    default: return wane_fail(why, "%s: %s", wane_op_name(code), s->message);
+    default: {                                        /* a kernel may have named the op itself */
+      const char *name = wane_op_name(code);
+      size_t n = strlen(name);
+      int named = !strncmp(s->message, name, n) && s->message[n] == ':';
+      return named ? wane_fail(why, "%s", s->message) : wane_fail(why, "%s: %s", name, s->message);
+    }
   }
 }
 
@@ -510,11 +521,33 @@ int wane_stream_wait(wane_stream *s, uint64_t ticket, int64_t timeout_ns) {
 
 /* ---------------------------------------------------------------- enqueuing */
 
+/* Waits until `slots` slots of the ring are free. Callers bound their run-ahead, so this is the backstop. A stop is not reported
+ * here: what is enqueued next is skipped with the rest, and the owner's next call tells. */
+static void make_room(wane_stream *s, uint64_t slots) {
+  uint64_t want = s->tail_local + slots;
+  want = want > RING ? want - RING : 0;
+  while (atomic_load(&s->retired) < want) {
+    if (atomic_load(&s->stop)) {
+      pthread_mutex_lock(&cpu.lock);
+      if (!(atomic_load(&cpu.active) && cpu.stream == s)) skip(s);
+      pthread_mutex_unlock(&cpu.lock);
+      if (atomic_load(&s->retired) >= want) break;
+    }
+    if (atomic_load(&cpu.live) == 0) {
+      if (help(s, want) != WANE_OK) { start_workers(); sched_yield(); }   /* no memory for scratch: try again until there is */
+      continue;
+    }
+    uint32_t v = atomic_load(&s->futex);
+    atomic_store(&s->arm_futex, want);
+    if (atomic_load(&s->retired) < want && !atomic_load(&s->stop)) futex_wait(&s->futex, v, -1);
+    else sched_yield();
+    atomic_store(&s->arm_futex, NO_TICKET);
+  }
+}
+
 wane_op *wane_op_new(wane_stream *s, int code) {
   uint64_t t = s->tail_local;
-  if (__builtin_expect(t - atomic_load_explicit(&s->retired, memory_order_acquire) >= RING, 0)) {
-    wane_stream_wait(s, t - RING / 2, -1);            /* callers bound their run-ahead; this is the backstop */
-  }
+  if (__builtin_expect(t - atomic_load_explicit(&s->retired, memory_order_acquire) >= RING, 0)) make_room(s, RING / 2);
   wane_op *op = &s->ring[t % RING];
   memset(op, 0, sizeof *op);
   op->code = (uint16_t)code;
@@ -538,8 +571,8 @@ static void publish(wane_stream *s) {
 void wane_op_push(wane_stream *s, wane_op *op, wane_tensor *written, wane_tensor *written2) {
   if (!op->fn) op->fn = wane_cpu_backend()->ops[op->code];
   uint64_t ticket = s->tail_local + 1;
-  if (written && written->storage) written->storage->ticket = ticket;
-  if (written2 && written2->storage) written2->storage->ticket = ticket;
+  if (written && written->storage) written->storage->ticket = ticket, written->storage->always = op->always;
+  if (written2 && written2->storage) written2->storage->ticket = ticket, written2->storage->always = op->always;
   publish(s);
 }
 

@@ -52,6 +52,7 @@ int wane_stream_bad(wane_stream *s, uint64_t ticket, int *code);   /* why the op
 void wane_stream_unref(wane_stream *s);
 const char *wane_op_name(int code);
 /* storage.c */
+void wane_descriptors_lock(int on);                                /* around a fork */
 void wane_stream_free_memory(wane_stream *s);                      /* pool, storages, slabs: when the last reference went */
 void wane_storage_drop(wane_storage *st);                          /* gives the memory back now */
 #endif

@@ -96,7 +96,7 @@ int wane_tensor_read(wane_stream *s, const wane_handle *h, void *data, size_t by
   if (t->parts || !wane_is_contiguous(t)) return wane_fail(WANE_E_SHAPE, "reading needs a plain contiguous tensor, found a view or quantized %s", wane_shape_text(t));
   int64_t want = wane_numel(t) * wane_size_of(t->dtype);
   if (bytes != (size_t)want) return wane_fail(WANE_E_SHAPE, "reading %s: expected room for %lld bytes, found %zu", wane_shape_text(t), (long long)want, bytes);
-  int status = wane_stream_poll(s, t->storage ? t->storage->ticket : 0);
+  int status = wane_stream_poll(s, wane_ticket_of(t));
   if (status == WANE_OK && bytes) memcpy(data, t->data, bytes);
   return status;
 }

@@ -13,6 +13,7 @@ struct wane_storage {
   void *data;
   size_t bytes;
   uint64_t ticket;                 /* of the op that wrote it last: views share it */
+  int32_t always;                  /* that op ran even if its stream was stopped (an upload) */
   int32_t size_class;              /* pool */
   struct wane_mapping *mapping;    /* mapped: a counted file mapping, see core/reader */
   wane_stream *stream;
@@ -42,6 +43,8 @@ struct wane_tensor {
 /* Looks a handle up: NULL with the error set if it is stale, of another stream, or written by an op that did not run.
  * `what` names the argument in messages ("x", "weight"). */
 wane_tensor *wane_use(wane_stream *s, const wane_handle *h, const char *what);
+/* Ticket that must have run before t can be read. */
+uint64_t wane_ticket_of(const wane_tensor *t);
 /* Enters an op: reports a stop (cancel, failure, fork) once. */
 int wane_enter(wane_stream *s);
 

@@ -40,7 +40,7 @@ end
 
 --- The skip list in force: what the caller says, else the output head.
 function M.skip_list(scheme, family)
-  return scheme.skip or { family.head }
+  return require("wane.checkpoint.names").skip_list(family.name, scheme.skip) or { family.head }
 end
 
 -- ---------------------------------------------------------------- one request a parameter
@@ -128,6 +128,10 @@ local function read(path, scheme, opts, ckpt)
   if not tensors then return nil, message, code end
   for i, r in ipairs(requests) do
     r.module[r.field] = tensors[i]
+    if r.dtype then                                     -- held wider than stored: transformers' footprint wants to know
+      r.module.stored = r.module.stored or {}
+      r.module.stored[r.field] = r.entry.dtype
+    end
     if r.module.in_features then dress(r.module, r.scheme, r.entry.quant) end
   end
   local family = tree.family

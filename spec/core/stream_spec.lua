@@ -108,6 +108,33 @@ describe("stream", function()
     assert.equal(1, F.read(table_, "float")[0])
   end)
 
+  it("an upload enqueued behind a failing op is not lost with what is skipped", function()
+    local table_ = filled(1, 10, 4)
+    local h = core.handle_type()
+    core.check(C.wane_index_select(core.stream(), h, table_.h, 0, F.upload(ffi.new("int32_t[1]", 99), C.WANE_I32, 4, 1).h))
+    local uploaded = filled(7, 5)
+    assert.equal(C.WANE_E_FAILED, C.wane_stream_wait(core.stream(), C.wane_stream_tail(core.stream()), -1))
+    assert.equal(7, F.read(uploaded, "float")[4])
+    assert.equal(14, F.read(F.binary_scalar(uploaded, 2, C.WANE_MUL), "float")[0])
+  end)
+
+  it("a cancel while the ring is full is reported, and nothing computed after it counts as good", function()
+    local a = filled(1, 300, 300)
+    core.check(core.wait())
+    local x = long_work(a, 40)                       -- busy for a while: the ring fills behind it
+    C.wane_stream_cancel(core.stream())
+    local y, reported = a, false
+    for _ = 1, 6000 do
+      local ok, z = pcall(F.binary_scalar, y, 1, C.WANE_ADD)
+      if not ok then reported = true break end
+      y = z
+    end
+    if not reported then reported = not pcall(F.read, y, "float") end
+    assert.is_true(reported)
+    assert.is_false((pcall(F.read, x, "float")))
+    assert.equal(1, F.read(a, "float")[0])
+  end)
+
   it("timeouts are reported and nothing is lost", function()
     local a = filled(1, 400, 400)
     local x = long_work(a, 60)

@@ -240,6 +240,8 @@ local function write_shard(path, ckpt, items, opts, done)
     done.bytes, done.tensors = done.bytes + item.entry.bytes, done.tensors + 1
     if opts.progress then opts.progress(done.bytes, done.total, done.tensors) end
   end
+  -- The bytes are down: from here to the new config.json an old one would lie about this file, so it goes first.
+  os.remove((path:match "^.*/" or "") .. "config.json")
   ok, message, code = w:finish()
   if not ok then return nil, message, code end
   return plan

@@ -184,7 +184,7 @@ function Run:choose(logits, at)
   if not o.do_sample then return F.argmax(logits, 1) end
   check(C.wane_logits_filter(s, logits.h, o.temperature, o.top_k, o.top_p, o.min_p))
   local h = core.handle_type()
-  check(C.wane_sample(s, h, logits.h, o.seed, at * self.batch))
+  check(C.wane_sample(s, h, logits.h, o.seed, self.enqueued * 65536))   -- row b draws number b of the step
   return require("wane.tensor").wrap(h)
 end
 

@@ -114,19 +114,35 @@ function Module:parameters()
   end
 end
 
+-- Bytes of a parameter as transformers counts them: without the scales of 4-bit and int8 weights, in the dtype of the file.
+local function upstream_bytes(t, stored, info)
+  local dtype = t:dtype()
+  if dtype == "nf4" or dtype == "fp4" or dtype == "int8" then
+    local n = tonumber(info.numel)
+    return dtype == "int8" and n or math.ceil(n / 2)
+  end
+  return stored and tonumber(core.C.wane_dtype_bytes(core.dtype(stored), info.numel)) or tonumber(info.nbytes)
+end
+
 --- Bytes that the parameters hold (tied ones once): all parts of quantized weights, scales included.
--- @return integer
+-- @return integer bytes
+-- @return integer what transformers' get_memory_footprint() says of the same model: scales left out, rotary buffers counted twice
 function Module:memory_footprint()
-  local seen, bytes = {}, 0
+  local seen, bytes, upstream = {}, 0, 0
   local info = core.info_type()
-  for _, t in self:parameters() do
-    if not seen[t] then
-      seen[t] = true
-      core.check(core.C.wane_tensor_info(t.h, info))
-      bytes = bytes + tonumber(info.nbytes)
+  for _, module in self:modules() do
+    for _, p in ipairs(module:own_parameters()) do
+      local t = p.value
+      if t and not seen[t] then
+        seen[t] = true
+        core.check(core.C.wane_tensor_info(t.h, info))
+        bytes = bytes + tonumber(info.nbytes)
+        upstream = upstream + upstream_bytes(t, module.stored and module.stored[p.name], info)
+      end
     end
   end
-  return bytes
+  local rotary = self.config and self.config.rotary
+  return bytes, upstream + (rotary and math.floor(rotary.dim / 2) * 4 * 2 or 0)
 end
 
 --- Calls fn(result, module) after each forward of the module at `path`; nil removes it. For looking inside.
