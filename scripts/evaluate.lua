@@ -36,6 +36,8 @@ cli.run(parser, function(args)
   progress:finish()
   result.seconds = wane.core.C.wane_clock() - started
   result.peak_rss_bytes = wane.memory().rss_peak
+  -- The loop in transformers' docs weights windows a little differently when they overlap: told under its own name.
+  result.perplexity_transformers_docs, result.documentation = result.documentation, nil
   if args.json then return cli.json(result) end
   print(("perplexity %.4f ± %.4f (%s convention, ctx %d%s): %d tokens in %d windows, nll %.5f, %s"):format(result.perplexity, result.stderr, result.convention,
     result.ctx, result.stride and result.stride ~= result.ctx and ", stride " .. result.stride or "", result.tokens,

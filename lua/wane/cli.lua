@@ -44,8 +44,8 @@ end
 function M.parser(name, description)
   program = "wane " .. name
   local parser = argparse(program, description)
-  parser.error = function(self, message)
-    io.stderr:write(self:get_usage(), "\n", program, ": ", message, "\n")
+  parser.error = function(_, message)
+    io.stderr:write(program, ": ", message, " (", program, " --help lists the options)\n")
     os.exit(2)
   end
   parser:flag("--json", "One JSON object on stdout.")

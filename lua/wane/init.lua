@@ -13,7 +13,11 @@ local parts = { quant = true, nn = true, models = true, tokenizer = true, checkp
 local Tensor = require "wane.tensor"
 M.Tensor = Tensor
 
+-- Parts of later versions, refused by name rather than with a nil.
+local later = { lora = "adapters come", optim = "optimizers come", train = "training comes" }
+
 setmetatable(M, { __index = function(t, key)
+  if later[key] then core.raise("wane.%s: %s with a later version of wane", key, later[key]) end
   local value
   if parts[key] then
     value = require("wane." .. key)
