@@ -20,13 +20,13 @@ end
 
 cli.run(parser, function(args)
   local wane, core = require "wane", require "wane.core"
-  local bench, F, C = require "wane.bench", require "wane.nn.functional", core.C
+  local bench, C = require "wane.bench", core.C
   if args.threads then wane.threads(args.threads) end
   local rows, cols = args.shape:match "^(%d+)x(%d+)$"
   if not rows then cli.usage("--shape: expected ROWSxCOLUMNS, found '%s'", args.shape) end
   local set = args.quick and 64e6 or 192e6
   local o = { rows = tonumber(rows), cols = tonumber(cols), set_bytes = set, prefill = 512, repeats = args.quick and 3 or args.repeats }
-  local buffer = F.persistent(C.WANE_U8, args.quick and 128e6 or 512e6)
+  local buffer = bench.buffer(args.quick and 128e6 or 512e6)
   core.check(C.wane_fill(core.stream(), buffer.h, 1))
   local best = C.wane_cpu_level()
   local machine = bench.machine(buffer)

@@ -33,6 +33,17 @@ end
 
 -- ---------------------------------------------------------------- limits
 
+--- A u8 tensor for the read probe, in the same kind of memory (pooled, huge pages) as weights.
+-- @param bytes number
+function M.buffer(bytes)
+  return F.outside_scopes(function()
+    local shape, n = core.shape { bytes }
+    local h = core.handle_type()
+    check(C.wane_tensor_new(stream(), h, C.WANE_U8, n, shape))
+    return Tensor.wrap(h)
+  end)
+end
+
 local probe_ops = ffi.new "double[1]"
 
 --- Bytes a second that all workers read together from a buffer larger than any cache: median of 5.
