@@ -32,7 +32,10 @@ local function compile(text)
   chunk = before and loadstring(before .. " return " .. last, "=input")
   if chunk then return chunk, true end
   local eof = "'?<eof>'?$"
-  return nil, as_statement, as_expression:find(eof) ~= nil or as_statement:find(eof) ~= nil
+  -- "1 +* 2" is no statement from its first symbol on: the expression's message tells where it went wrong.
+  local near = as_statement:match "unexpected symbol near '(.-)'$"
+  local message = near and text:match "^%s*(.*)":sub(1, #near) == near and as_expression or as_statement
+  return nil, message, as_expression:find(eof) ~= nil or as_statement:find(eof) ~= nil
 end
 
 --- False while the text is the beginning of something longer.
