@@ -164,6 +164,17 @@ describe("SmolLM2-135M #real", function()
   end)
 end)
 
+describe("the demonstration #real", function()
+  it("loads, answers and prints its figures", function()
+    if not path then return pending "needs the model: scripts/fetch-model" end
+    local pipe = io.popen(("%s demo %s 'Say hello.' 2>&1"):format(os.getenv "WANE_BIN" or "bin/wane", path))
+    local out = pipe:read "*a"
+    pipe:close()
+    assert.truthy(out:find("footprint  96.6 MB as the file stores it, 85.2 MB as NF4", 1, true), out)
+    assert.truthy(out:find("tokens/s", 1, true) and out:find("peak memory", 1, true), out)
+  end)
+end)
+
 describe("loading over and over", function()
   it("100 loads leave memory where it was", function()
     local m = ffi.new "wane_memory"

@@ -124,10 +124,12 @@ local function upstream_bytes(t, stored, info)
   return stored and tonumber(core.C.wane_dtype_bytes(core.dtype(stored), info.numel)) or tonumber(info.nbytes)
 end
 
---- Bytes that the parameters hold (tied ones once): all parts of quantized weights, scales included.
+--- Bytes that the parameters hold (tied ones once): all parts of quantized weights, scales included. With "transformers", what its
+-- get_memory_footprint() says of the same model: scales left out, the file's dtypes, rotary buffers counted twice.
+-- @param convention string|nil "transformers"
 -- @return integer bytes
--- @return integer what transformers' get_memory_footprint() says of the same model: scales left out, rotary buffers counted twice
-function Module:memory_footprint()
+function Module:memory_footprint(convention)
+  if convention and convention ~= "transformers" then core.raise("memory_footprint: expected nothing or 'transformers', found '%s'", tostring(convention)) end
   local seen, bytes, upstream = {}, 0, 0
   local info = core.info_type()
   for _, module in self:modules() do
@@ -142,7 +144,8 @@ function Module:memory_footprint()
     end
   end
   local rotary = self.config and self.config.rotary
-  return bytes, upstream + (rotary and math.floor(rotary.dim / 2) * 4 * 2 or 0)
+  if not convention then return bytes end
+  return upstream + (rotary and math.floor(rotary.dim / 2) * 4 * 2 or 0)
 end
 
 --- Calls fn(result, module) after each forward of the module at `path`; nil removes it. For looking inside.
