@@ -1,183 +1,20 @@
--- Tiny models with random weights against what transformers computes from the same files (spec/fixtures/make/models.py).
-local ffi = require "ffi"
+-- Llama and GPT-NeoX against transformers; what is compared is in spec/support/golden.lua.
 local cjson = require "cjson"
-local core = require "wane.core"
-local F = require "wane.nn.functional"
+local golden = require "spec.support.golden"
 local wane = require "wane"
-local safetensors = require "spec.support.safetensors"
 
-local root = "spec/fixtures/models/"
-local TOLERANCE = 2e-4                -- of the fixtures' page; upstream's own spread is 1.3e-5
-
-local hidden = {                      -- where the fixtures' hidden states come out of each family
-  llama = { embed = "model.embed_tokens", layer = "model.layers.%d", final = "model.norm" },
-  gpt_neox = { embed = "gpt_neox.embed_in", layer = "gpt_neox.layers.%d", final = "gpt_neox.final_layer_norm" },
-}
-
-local function lists(tensor)
-  local rows, n = {}, tensor.shape[2]
-  for b = 1, tensor.shape[1] do
-    rows[b] = {}
-    for t = 1, n do rows[b][t] = tonumber(tensor.data[(b - 1) * n + t - 1]) end
-  end
-  return rows
-end
-
--- Largest difference; `use(i)` may leave elements out.
-local function difference(values, expected, use)
-  local worst = 0
-  for i = 0, expected.numel - 1 do
-    if not use or use(i) then
-      local d = math.abs(values[i] - expected.data[i])
-      if not (d <= worst) then worst = d end            -- NaN counts as worst
-    end
-  end
-  return worst
-end
-
--- The same folder with the older spelling of its config.
-local function with_v4_config(name)
-  local dir = os.tmpname()
-  os.remove(dir)
-  assert(os.execute(("mkdir -p %s && cp %s%s/model.safetensors %s/ && cp %s%s/config_v4.json %s/config.json"):format(
-    dir, root, name, dir, root, name, dir)) == 0)
-  return dir, function() os.execute("rm -rf " .. dir) end
-end
+local llama = { embed = "model.embed_tokens", layer = "model.layers.%d", final = "model.norm" }
+local gpt_neox = { embed = "gpt_neox.embed_in", layer = "gpt_neox.layers.%d", final = "gpt_neox.final_layer_norm" }
+golden.check("llama", llama)
+golden.check("llama3", llama)
+golden.check("gpt_neox", gpt_neox)
+golden.check("gpt_neox_seq", gpt_neox)
 
 local function read_json(path)
   local f = assert(io.open(path))
   local text = f:read "*a"
   f:close()
   return cjson.decode(text)
-end
-
-for _, name in ipairs { "llama", "llama3", "gpt_neox", "gpt_neox_seq" } do
-  describe(name, function()
-    local expected = safetensors.read(root .. name .. "/expected.safetensors")
-    local json = read_json(root .. name .. "/expected.json")
-    local model
-
-    setup(function() model = assert(wane.load(root .. name, { tokenizer = false, compute = "f32" })) end)
-    teardown(function() if model then model:close() end end)
-
-    it("logits and every hidden state equal transformers'", function()
-      local where = hidden[model.family.name]
-      local seen = {}
-      local function watch(path, key)
-        model:on_forward(path, function(y) seen[key] = F.outside_scopes(F.cast, y, core.C.WANE_F32) end)
-        return path
-      end
-      local watched = { watch(where.embed, "hidden.embed"), watch(where.final, "hidden.final") }
-      for i = 0, model.config.num_hidden_layers - 1 do watched[#watched + 1] = watch(where.layer:format(i), "hidden.layer_" .. i) end
-      local logits = model:forward(lists(expected.input_ids))
-      seen.logits = logits
-      local worst = 0
-      for key, tensor in pairs(seen) do
-        local values, n = F.read(tensor, "float")
-        assert.equal(expected[key].numel, n)
-        local d = difference(values, expected[key])
-        assert.is_true(d <= TOLERANCE, ("%s differs by %g"):format(key, d))
-        worst = math.max(worst, d)
-      end
-      assert.is_truthy(seen["hidden.layer_1"])
-      print(("  %s: logits and hidden states, largest difference %.2g"):format(name, worst))
-      for _, path in ipairs(watched) do model:on_forward(path, nil) end
-    end)
-
-    it("logits of left-padded rows equal transformers'", function()
-      local mask = lists(expected.padded_attention_mask)
-      local logits = model:forward(lists(expected.padded_input_ids), { attention_mask = mask })
-      local vocab, time = expected.padded_logits.shape[3], expected.padded_logits.shape[2]
-      local d = difference(F.read(logits, "float"), expected.padded_logits, function(i)
-        local position = math.floor(i / vocab)
-        return mask[math.floor(position / time) + 1][position % time + 1] ~= 0
-      end)
-      print(("  %s: padded logits, largest difference %.2g"):format(name, d))
-      assert.is_true(d <= TOLERANCE)
-    end)
-
-    it("loss equals transformers'", function()
-      local ids = lists(expected.input_ids)
-      local total, count = 0, 0
-      for _, row in ipairs(ids) do
-        for _, v in ipairs(require("wane.evaluate").window_nll(model, row, 1)) do total, count = total + v, count + 1 end
-      end
-      assert.is_true(math.abs(total / count - expected.loss.data[0]) <= 1e-5)
-    end)
-
-    it("the older spelling of the config gives the same bits", function()
-      local dir, remove = with_v4_config(name)
-      local other = assert(wane.load(dir, { tokenizer = false, compute = "f32" }))
-      local ids = lists(expected.input_ids)
-      local a, n = F.read(model:forward(ids), "float")
-      local b = F.read(other:forward(ids), "float")
-      assert.is_true(ffi.string(a, n * 4) == ffi.string(b, n * 4))
-      other:close()
-      remove()
-    end)
-
-    it("greedy ids equal, one prompt", function()
-      assert.same(json.greedy.new_ids, model:generate({ json.greedy.prompt }, { max_new_tokens = 24, ignore_eos = true })[1])
-    end)
-
-    it("greedy ids equal, a left-padded batch", function()
-      local g = json.greedy_batch
-      assert.same(g.new_ids, model:generate(g.input_ids, { attention_mask = g.attention_mask,
-        max_new_tokens = 24, ignore_eos = true }))
-      local ragged = {}                                  -- prompts of different lengths are padded for the caller
-      for b, row in ipairs(g.input_ids) do
-        ragged[b] = {}
-        for t, id in ipairs(row) do if g.attention_mask[b][t] == 1 then table.insert(ragged[b], id) end end
-      end
-      assert.same(g.new_ids, model:generate(ragged, { max_new_tokens = 24, ignore_eos = true, pad_token_id = 0 }))
-    end)
-
-    it("greedy ids equal with repetition penalty and banned bigrams, alone and in a batch", function()
-      local g = json.greedy_penalty
-      local o = { max_new_tokens = 24, ignore_eos = true, repetition_penalty = g.repetition_penalty, no_repeat_ngram_size = g.no_repeat_ngram_size }
-      assert.same(g.new_ids, model:generate({ g.prompt }, o)[1])
-      g = json.greedy_penalty_batch
-      o.attention_mask = g.attention_mask
-      assert.same(g.new_ids, model:generate(g.input_ids, o))
-    end)
-
-    it("rows end at eos and the others go on", function()
-      local g = json.greedy_eos_batch
-      local out, reasons = model:generate(g.input_ids, { attention_mask = g.attention_mask, max_new_tokens = 24,
-        eos_token_id = g.eos_token_id, pad_token_id = 0 })
-      for b, row in ipairs(g.new_ids) do
-        local want, ended = {}, "length"
-        for _, id in ipairs(row) do
-          want[#want + 1] = id
-          if id == g.eos_token_id then ended = "eos" break end
-        end
-        assert.same(want, out[b])
-        assert.equal(ended, reasons[b])
-      end
-    end)
-
-    it("a cache gives what a full pass gives: token by token, in pieces, all at once", function()
-      local passes = require "wane.nn.pass"
-      local ids = { lists(expected.input_ids)[1] }
-      local whole = F.read(model:forward(ids), "float")
-      local time, vocab = #ids[1], expected.logits.shape[3]
-      for _, piece in ipairs { 1, 5, 22 } do
-        core.scope(function()
-          local tensor = model.ids_tensor(ids)
-          local cache = passes.cache(1, time, core.C.WANE_F32)
-          local worst = 0
-          for from = 0, time - 1, piece do
-            local n = math.min(piece, time - from)
-            local logits = model:head(model:backbone(F.narrow(tensor, 1, from, n), passes.new { batch = 1, time = n, start = from, cache = cache }))
-            local values = F.read(logits, "float")
-            for i = 0, n * vocab - 1 do worst = math.max(worst, math.abs(values[i] - whole[from * vocab + i])) end
-          end
-          cache:close()
-          assert.is_true(worst < 2e-5, ("pieces of %d: %g"):format(piece, worst))
-        end)
-      end
-    end)
-  end)
 end
 
 describe("memory_footprint", function()
