@@ -400,6 +400,7 @@ function M.load_model(args)
   local started = core.C.wane_clock()
   local model, tokenizer = M.check(wane.load(args.model, options))
   progress:finish()
+  for _, warning in ipairs(model.warnings) do M.note("%s", warning) end
   return model, tokenizer, core.C.wane_clock() - started
 end
 

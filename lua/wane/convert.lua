@@ -4,7 +4,7 @@ local core = require "wane.core"
 local load = require "wane.load"
 
 --- Quantizes every Linear of a model (or any module tree) in place. Without a filter, the scheme's skip list decides (default: the
--- output head stays); with one, the filter alone.
+-- output head and what the family keeps stay); with one, the filter alone.
 -- @param model wane.Module
 -- @param scheme string|table "nf4" or { type, block_size, double_quant, threshold, compute, skip }
 -- @param filter function|nil filter(path, linear) -> true to quantize
@@ -12,7 +12,7 @@ local load = require "wane.load"
 return function(model, scheme, filter)
   local s = load.scheme(scheme)
   if not s then core.raise "convert: expected nf4, fp4, int8 or int8-blockwise, found none" end
-  local skip = s.skip or (model.family and { model.family.head }) or {}
+  local skip = model.family and load.skip_list(s, model.family) or s.skip or {}
   local uses = {}                                      -- a tied table stays for its other user
   for _, t in model:parameters() do uses[t] = (uses[t] or 0) + 1 end
   local count = 0

@@ -88,6 +88,7 @@ end
 -- @return table { convention, perplexity, nll, tokens, windows, stderr, documentation (hf: the docs' figure) }
 function M.perplexity(model, ids, o)
   o = o or {}
+  if model.encode then core.raise("perplexity: %s is an encoder-decoder, which scores an answer to a text: model:loss(ids, labels)", model.family.name) end
   local convention = o.convention or "hf"
   local run = conventions[convention]
   if not run then core.raise("convention: expected hf or llama.cpp, found '%s'", tostring(convention)) end

@@ -38,9 +38,9 @@ function M.skipped(path, skip)
   return false
 end
 
---- The skip list in force: what the caller says, else the output head.
+--- The skip list in force: what the caller says, else the output head and what the family keeps.
 function M.skip_list(scheme, family)
-  return require("wane.checkpoint.names").skip_list(family.name, scheme.skip) or { family.head }
+  return require("wane.checkpoint.names").skip_list(family.name, scheme.skip) or { family.head, unpack(family.keep or {}) }
 end
 
 -- ---------------------------------------------------------------- one request a parameter
@@ -83,7 +83,13 @@ local function plan(tree, ckpt, scheme)
         end
         requests[#requests + 1] = request
       elseif path == family.head and p.name == "weight" and config.tie_word_embeddings ~= false then
-        tied = true
+        local own = weight_scheme(path, module, scheme, skip)
+        local table_ = own and ckpt:find(family.embedding .. ".weight")
+        if table_ and not table_.quant then             -- the skip list leaves the head out, so it is quantized: the pair is split
+          requests[#requests + 1] = { entry = table_, module = module, field = p.name, path = path, scheme = own, split = true }
+        else
+          tied = true
+        end
       else
         missing[#missing + 1] = name
       end
@@ -126,8 +132,13 @@ local function read(path, scheme, opts, ckpt)
     progress = opts.progress, io = opts.io, cancelled = opts.cancelled, started = opts.started,
   })
   if not tensors then return nil, message, code end
+  local warnings = {}
   for i, r in ipairs(requests) do
     r.module[r.field] = tensors[i]
+    if r.split then
+      warnings[#warnings + 1] = ("%s shares its weight with %s; quantizing it makes a copy of %.1f MB (name it in skip to keep one table)"):format(
+        r.path, tree.family.embedding, tonumber(tensors[i]:info().nbytes) / 1e6)
+    end
     if r.dtype then                                     -- held wider than stored: transformers' footprint wants to know
       r.module.stored = r.module.stored or {}
       r.module.stored[r.field] = r.entry.dtype
@@ -137,7 +148,7 @@ local function read(path, scheme, opts, ckpt)
   local family = tree.family
   if tied then tree:find(family.head).weight = tree:find(family.embedding).weight end
   local model = Model.new(tree)
-  model.path, model.scheme, model.generation_config = path, scheme or ckpt.quant, ckpt.generation_config or {}
+  model.path, model.scheme, model.generation_config, model.warnings = path, scheme or ckpt.quant, ckpt.generation_config or {}, warnings
   return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
 end
 

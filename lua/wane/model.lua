@@ -8,11 +8,14 @@ local module = require "wane.nn.module"
 local passes = require "wane.nn.pass"
 local C = core.C
 
+local IGNORED = -100                   -- a label that is not scored (torch.nn.CrossEntropyLoss)
+
 ---@class wane.Model : wane.Module
 ---@field config table what config.json says, completed
 ---@field family table
 ---@field generation_config table defaults of generate()
 ---@field path string|nil
+---@field warnings string[] what the load did that its caller may not have meant
 local Model = setmetatable({ __call = module.Module.__call, __tostring = module.Module.__tostring }, { __index = module.Module })
 Model.__index = Model
 
@@ -26,19 +29,21 @@ end
 -- ---------------------------------------------------------------- inputs
 
 --- Lists of ids as a device tensor i32 [B, T].
-local function ids_tensor(lists)
+-- @param what string|nil what messages call them (ids)
+local function ids_tensor(lists, what)
+  what = what or "ids"
   if Tensor.is(lists) then
     local shape = lists:shape()
-    if #shape ~= 2 then core.raise("ids: expected [batch, time], found %d dimension(s)", #shape) end
+    if #shape ~= 2 then core.raise("%s: expected [batch, time], found %d dimension(s)", what, #shape) end
     return lists, shape[1], shape[2]
   end
-  if type(lists) ~= "table" then core.raise("ids: expected a list of lists of token ids, found a %s", type(lists)) end
+  if type(lists) ~= "table" then core.raise("%s: expected a list of lists of token ids, found a %s", what, type(lists)) end
   if type(lists[1]) == "number" then lists = { lists } end
   local batch, time = #lists, type(lists[1]) == "table" and #lists[1] or 0
-  if time == 0 then core.raise "ids: there is no token: expected lists of at least one id" end
+  if time == 0 then core.raise("%s: there is no token: expected lists of at least one id", what) end
   local data = ffi.new("int32_t[?]", math.max(batch * time, 1))
   for b = 1, batch do
-    if #lists[b] ~= time then core.raise("ids: row 1 has %d ids, row %d has %d: pad them and give attention_mask", time, b, #lists[b]) end
+    if #lists[b] ~= time then core.raise("%s: row 1 has %d ids, row %d has %d: pad them and give a mask", what, time, b, #lists[b]) end
     for t = 1, time do data[(b - 1) * time + t - 1] = lists[b][t] end
   end
   return F.upload(data, C.WANE_I32, batch * time * 4, batch, time), batch, time
@@ -46,10 +51,13 @@ end
 Model.ids_tensor = ids_tensor
 
 --- Positions and key mask of a mask [B][T] of 0 and 1: position = max(cumulative sum - 1, 0), as transformers' generate() has it.
--- @param mask table lists
+-- @param mask table|wane.Tensor|nil lists; nil: nothing is masked
 -- @param capacity integer|nil width of the key mask; columns behind the mask are 1
 -- @return wane.Tensor|nil positions i32 [B, T], wane.Tensor|nil key mask u8 [B, capacity]; nil, nil where nothing is masked
 function Model.mask_tensors(mask, batch, time, capacity)
+  if not mask then return nil, nil end
+  if Tensor.is(mask) then mask = mask:totable() end
+  if #mask ~= batch then core.raise("attention_mask: expected %d row(s), one a row of ids, found %d", batch, #mask) end
   capacity = capacity or time
   local positions = ffi.new("int32_t[?]", math.max(batch * time, 1))
   local keys = ffi.new("uint8_t[?]", math.max(batch * capacity, 1))
@@ -75,20 +83,88 @@ end
 --- Scores of every vocabulary entry: the head over the backbone's result x [B, T, hidden].
 function Model:head(x) return self:find(self.family.head)(x) end
 
---- Logits of whole sequences.
--- @param ids integer[][]|wane.Tensor [batch, time]
--- @param opts table|nil { attention_mask = lists of 0 and 1, last = only this many last positions }
--- @return wane.Tensor f32 [batch, time, vocab]
-function Model:forward(ids, opts)
-  opts = opts or {}
+--- Runs the encoder of an encoder-decoder.
+-- @param ids integer[][]|wane.Tensor [batch, time] what it reads
+-- @param mask table|wane.Tensor|nil of 0 and 1; padding may stand on either side
+-- @return wane.Pass the encoder's pass with its result in `states` [batch, time, hidden]: the `source` of the decoder's passes. close() frees it.
+function Model:source(ids, mask)
   return core.scope(function()
     local tensor, batch, time = ids_tensor(ids)
-    local mask = opts.attention_mask
-    if Tensor.is(mask) then mask = mask:totable() end
-    local positions, key_mask
-    if mask then positions, key_mask = Model.mask_tensors(mask, batch, time) end
-    local pass = passes.new { batch = batch, time = time, positions = positions, key_mask = key_mask, tail_rows = opts.last }
+    local _, key_mask = Model.mask_tensors(mask, batch, time)
+    local pass = passes.new { batch = batch, time = time, key_mask = key_mask }
+    pass.states = self:encode(tensor, pass)
+    return pass
+  end)
+end
+
+--- Logits of whole sequences. An encoder-decoder reads `ids` with its encoder and scores decoder_input_ids.
+-- @param ids integer[][]|wane.Tensor [batch, time]
+-- @param opts table|nil { attention_mask = lists of 0 and 1, last = only this many last positions;
+--   encoder-decoder: decoder_input_ids = [batch, T], decoder_attention_mask }
+-- @return wane.Tensor f32 [batch, time (encoder-decoder: T), vocab]
+function Model:forward(ids, opts)
+  opts = opts or {}
+  if self.encode and not opts.decoder_input_ids then
+    core.raise("forward: %s is an encoder-decoder: its encoder reads the ids, and decoder_input_ids (the start token %s and what follows) are missing",
+      self.family.name, tostring(self.config.decoder_start_token_id))
+  end
+  return core.scope(function()
+    local source, mask, what = nil, opts.attention_mask, "ids"
+    if self.encode then
+      source = self:source(ids, mask)
+      ids, mask, what = opts.decoder_input_ids, opts.decoder_attention_mask, "decoder_input_ids"
+    end
+    local tensor, batch, time = ids_tensor(ids, what)
+    if source and source.batch ~= batch then core.raise("decoder_input_ids: expected %d row(s), one a row of ids, found %d", source.batch, batch) end
+    local positions, key_mask = Model.mask_tensors(mask, batch, time)
+    local pass = passes.new { batch = batch, time = time, positions = positions, key_mask = key_mask, tail_rows = opts.last, source = source }
     return self:head(self:backbone(tensor, pass))
+  end)
+end
+
+-- What the decoder of an encoder-decoder reads for its labels: the start token, then all but the last; an ignored one becomes pad.
+-- Source: modeling_t5.py _shift_right.
+local function shift_right(labels, start, pad)
+  local out = {}
+  for b, row in ipairs(labels) do
+    out[b] = { start }
+    for t = 2, #row do out[b][t] = row[t - 1] == IGNORED and pad or row[t - 1] end
+  end
+  return out
+end
+
+-- What each position of a decoder-only model is asked for: the label behind it.
+local function shift_left(labels)
+  local out = {}
+  for b, row in ipairs(labels) do
+    out[b] = {}
+    for t = 1, #row do out[b][t] = row[t + 1] or IGNORED end
+  end
+  return out
+end
+
+--- Mean of -log p over the labels that are not -100, as transformers computes it: a decoder-only model is asked at position t for label
+-- t + 1; an encoder-decoder reads `ids` with its encoder and the labels behind the start token with its decoder.
+-- @param ids integer[][] [batch, time]
+-- @param labels integer[][] [batch, time]; encoder-decoder: [batch, T]
+-- @param opts table|nil { attention_mask, decoder_attention_mask }
+-- @return wane.Tensor f32, a single value
+function Model:loss(ids, labels, opts)
+  local o = { attention_mask = opts and opts.attention_mask, decoder_attention_mask = opts and opts.decoder_attention_mask }
+  local targets = labels
+  if self.encode then
+    o.decoder_input_ids = shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+  else
+    targets = shift_left(labels)
+  end
+  local counted = 0
+  for _, row in ipairs(targets) do for _, id in ipairs(row) do if id ~= IGNORED then counted = counted + 1 end end end
+  if counted == 0 then core.raise "loss: there is no label: all are -100" end
+  return core.scope(function()
+    local logits = self:forward(ids, o)
+    local wanted, batch, time = ids_tensor(targets, "labels")
+    local nll = F.nll(F.view(logits, batch * time, -1), F.view(wanted, batch * time), IGNORED)
+    return F.scale(F.mean(nll), batch * time / counted)
   end)
 end
 
@@ -117,12 +193,18 @@ end
 --- Sets how products are computed: "f32", "bf16", "f16" or "fast"; see wane_linear.
 function Model:set_compute(name)
   local code = module.compute_code(name)
-  for _, l in ipairs(self:linears()) do l[2].compute = code end
+  for _, l in ipairs(self:linears()) do
+    l[2].compute = code
+    -- What upstream keeps in float32 (T5's wo, whose products leave 16 bits) is exact here too, unless it was quantized on request.
+    for _, kept in ipairs(self.family.keep or {}) do
+      if l[1]:match "[^.]+$" == kept and l[2].weight:dtype():match "^b?f%d" then l[2].compute = C.WANE_COMPUTE_F32 end
+    end
+  end
   self.compute = name
   return self
 end
 
---- New token ids for each prompt; see wane.generate.
+--- New token ids for each prompt; see wane.generate. An encoder-decoder reads the prompts with its encoder.
 -- @param prompts integer[][] lists of ids
 -- @param opts table|nil transformers' names: max_new_tokens, do_sample, temperature, top_k, top_p, …
 -- @return integer[][] new ids of each row

@@ -12,6 +12,7 @@ local M = {}
 local root = "spec/fixtures/models/"
 local TOLERANCE = 2e-4                -- of the fixtures' page; upstream's own spread is 1.3e-5
 
+--- A [B, T] tensor of the fixtures as lists of ids.
 local function lists(tensor)
   local rows, n = {}, tensor.shape[2]
   for b = 1, tensor.shape[1] do
@@ -21,7 +22,7 @@ local function lists(tensor)
   return rows
 end
 
--- Largest difference; `use(i)` may leave elements out.
+--- Largest difference; `use(i)` may leave elements out.
 local function difference(values, expected, use)
   local worst = 0
   for i = 0, expected.numel - 1 do
@@ -33,7 +34,7 @@ local function difference(values, expected, use)
   return worst
 end
 
--- The same folder with the older spelling of its config.
+--- The same folder with the older spelling of its config: its path, and a function that removes it.
 local function with_v4_config(name)
   local dir = os.tmpname()
   os.remove(dir)
@@ -47,6 +48,38 @@ local function read_json(path)
   local text = f:read "*a"
   f:close()
   return cjson.decode(text)
+end
+
+M.root, M.TOLERANCE, M.lists, M.difference, M.with_v4_config, M.read_json = root, TOLERANCE, lists, difference, with_v4_config, read_json
+
+--- The tests of a model under every scheme: its logits equal those of the dequantized weights.
+-- @param name string folder of spec/fixtures/models
+-- @param forward function(model) -> logits
+function M.schemes(name, forward)
+  setfenv(1, getfenv(2))
+  for _, scheme in ipairs { { type = "nf4", double_quant = true }, { type = "fp4" }, { type = "int8", threshold = -1 }, { type = "int8-blockwise" } } do
+    it("logits under " .. scheme.type .. " equal those of the dequantized weights", function()
+      local quantized = assert(wane.load(root .. name, { tokenizer = false, compute = "f32", quant = scheme }))
+      local count = 0
+      local got, n = F.read(forward(quantized), "float")
+      for _, l in ipairs(quantized:linears()) do
+        local linear = l[2]
+        if linear.weight:dtype() == scheme.type then
+          count = count + 1
+          linear.weight, linear.threshold = F.outside_scopes(function() return linear.weight:dequantize "f32" end), nil
+        end
+      end
+      assert.is_true(count > 0)
+      local want, worst = F.read(forward(quantized), "float"), 0
+      for i = 0, n - 1 do
+        local d = math.abs(got[i] - want[i])
+        if not (d <= worst) then worst = d end
+      end
+      print(("  %s, %s: %d layers, largest difference %.2g"):format(name, scheme.type, count, worst))
+      assert.is_true(worst <= TOLERANCE)
+      quantized:close()
+    end)
+  end
 end
 
 --- The tests of one model.
@@ -179,29 +212,7 @@ function M.check(name, where)
       end
     end)
 
-    for _, scheme in ipairs { { type = "nf4", double_quant = true }, { type = "fp4" }, { type = "int8", threshold = -1 }, { type = "int8-blockwise" } } do
-      it("logits under " .. scheme.type .. " equal those of the dequantized weights", function()
-        local quantized = assert(wane.load(root .. name, { tokenizer = false, compute = "f32", quant = scheme }))
-        local count, ids = 0, lists(expected.input_ids)
-        local got, n = F.read(quantized:forward(ids), "float")
-        for _, l in ipairs(quantized:linears()) do
-          local linear = l[2]
-          if linear.weight:dtype() == scheme.type then
-            count = count + 1
-            linear.weight, linear.threshold = F.outside_scopes(function() return linear.weight:dequantize "f32" end), nil
-          end
-        end
-        assert.is_true(count > 0)
-        local want, worst = F.read(quantized:forward(ids), "float"), 0
-        for i = 0, n - 1 do
-          local d = math.abs(got[i] - want[i])
-          if not (d <= worst) then worst = d end
-        end
-        print(("  %s, %s: %d layers, largest difference %.2g"):format(name, scheme.type, count, worst))
-        assert.is_true(worst <= TOLERANCE)
-        quantized:close()
-      end)
-    end
+    M.schemes(name, function(quantized) return quantized:forward(lists(expected.input_ids)) end)
   end)
 end
 

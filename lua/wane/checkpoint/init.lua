@@ -150,14 +150,17 @@ function Checkpoint:find(name)
   return e
 end
 
---- Canonical names of all tensors, in the order of the files. Parts of quantized weights and buffers that no model needs are left out.
+--- Canonical names of all tensors, in the order of the files. Parts of quantized weights and buffers that no model needs are left out;
+-- a tensor that the files hold under several names comes once.
 -- @return string[]
 function Checkpoint:names()
-  local list = {}
+  local list, there = {}, {}
   for i = 0, self.index:count() - 1 do
     local name = self.index:name(i)
     if not names.is_ignorable(name) and not (self.format == "safetensors" and self:is_part(name)) then
-      list[#list + 1] = self:canonical(name)
+      local canonical = self:canonical(name)
+      if not there[canonical] then list[#list + 1] = canonical end
+      there[canonical] = true
     end
   end
   return list

@@ -3,22 +3,29 @@
 -- @module wane.checkpoint.names
 local M = {}
 
--- What the base model and the output head are called, by model_type. `heads`: other spellings of the head.
-local families = {
-  llama = { prefix = "model", head = "lm_head", heads = {} },
-  gpt_neox = { prefix = "gpt_neox", head = "embed_out", heads = { "lm_head" } },
-}
+-- What the base model and the output head are called, by model_type. `heads`: other spellings of the head; `spellings`: of other modules,
+-- by path; `canonical`: the path of each of those.
+local families = {}
 
 --- Tells how a family's tensors are called. Families without an entry are read under their files' own names.
 -- @param model_type string
--- @param rules table { prefix = "model", head = "lm_head", heads = nil | { "embed_out" } }; wane.models.register passes its families here
+-- @param rules table { prefix = "model", head = "lm_head", heads = nil | { "embed_out" }, spellings = nil | { path = { other paths } } };
+--   wane.models.register passes its families here
 function M.register(model_type, rules)
-  local known = families[model_type]
-  families[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or (known and known.heads) or {} }
+  local known, canonical = families[model_type], {}
+  for path, others in pairs(rules.spellings or {}) do
+    for _, other in ipairs(others) do canonical[other] = path end
+  end
+  families[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or (known and known.heads) or {},
+                           spellings = rules.spellings or {}, canonical = canonical }
 end
 
--- Buffers that older checkpoints carry and that models make themselves.
-local ignorable = { "%.rotary_emb%.inv_freq$", "%.attention%.bias$", "%.attn%.bias$", "%.masked_bias$", "^rope_freqs%.weight$" }
+M.register("llama", { prefix = "model", head = "lm_head" })
+M.register("gpt_neox", { prefix = "gpt_neox", head = "embed_out", heads = { "lm_head" } })
+
+-- Buffers that older checkpoints carry and that models make themselves, and the bias of T5's cross-attention, which no version reads.
+local ignorable = { "%.rotary_emb%.inv_freq$", "%.attention%.bias$", "%.attn%.bias$", "%.masked_bias$", "^rope_freqs%.weight$",
+                    "%.EncDecAttention%.relative_attention_bias%.weight$" }
 
 --- Is this a buffer that no model needs?
 function M.is_ignorable(name)
@@ -92,6 +99,8 @@ function M.spellings(model_type, name)
     end
     local prefix = (family.prefix or "") .. "."
     if #prefix > 1 and name:sub(1, #prefix) == prefix then list[#list + 1] = name:sub(#prefix + 1) end
+    local path, suffix = name:match "^(.*)(%.[^.]+)$"
+    for _, other in ipairs(family.spellings[path] or {}) do list[#list + 1] = other .. suffix end
   end
   for i = 1, #list do list[#list + 1] = "module." .. list[i] end
   return list
@@ -108,6 +117,8 @@ function M.canonical(model_type, name, bare)
   local first, rest = name:match "^([^.]+)%.(.*)$"
   if not first then return name end
   if first == family.head or first == family.prefix then return name end
+  local path, suffix = name:match "^(.*)(%.[^.]+)$"
+  if family.canonical[path] then return family.canonical[path] .. suffix end
   for _, other in ipairs(family.heads) do if first == other then return family.head .. "." .. rest end end
   return bare and family.prefix .. "." .. name or name
 end

@@ -9,6 +9,7 @@ local core = require "wane.core"
 local F = require "wane.nn.functional"
 local passes = require "wane.nn.pass"
 local Model = require "wane.model"
+local inputs = require "wane.generate.inputs"
 local C, check, stream = core.C, core.check, core.stream
 
 local M = {}
@@ -21,7 +22,8 @@ local later = { num_beams = 1, num_beam_groups = 1, penalty_alpha = 0, num_retur
 local known = {
   max_new_tokens = true, max_length = true, min_length = true, min_new_tokens = true, do_sample = true, temperature = true, top_k = true,
   top_p = true, min_p = true, repetition_penalty = true, no_repeat_ngram_size = true, seed = true, eos_token_id = true, pad_token_id = true,
-  bos_token_id = true, ignore_eos = true, stop = true, attention_mask = true, use_cache = true, tokenizer = true, add_special_tokens = true,
+  bos_token_id = true, decoder_start_token_id = true, ignore_eos = true, stop = true, attention_mask = true, use_cache = true,
+  tokenizer = true, add_special_tokens = true,
 }
 
 -- ---------------------------------------------------------------- options
@@ -74,6 +76,7 @@ function M.options(model, opts, prompt_length)
   o.min_length = math.max(o.min_length, o.min_new_tokens and prompt_length + o.min_new_tokens or 0)
   o.eos = o.ignore_eos and {} or list_of(o.eos_token_id or model.config.eos_token_id)
   o.pad = o.pad_token_id or model.config.pad_token_id or list_of(o.eos_token_id or model.config.eos_token_id)[1] or 0
+  o.decoder_start_token_id = o.decoder_start_token_id or model.config.decoder_start_token_id
   o.stop = list_of(o.stop)
   o.seed = o.seed or (o.do_sample and os.time() * 1000 + math.floor(C.wane_clock() * 1e6) % 1000) or 0
   return o
@@ -85,46 +88,20 @@ end
 local Run = {}
 Run.__index = Run
 
---- Prompts of different lengths, padded on the left, and their mask (nil when nothing was padded).
-local function pad_left(prompts, pad)
-  local longest = 0
-  for _, p in ipairs(prompts) do longest = math.max(longest, #p) end
-  local lists, mask, any = {}, {}, false
-  for b, p in ipairs(prompts) do
-    lists[b], mask[b] = {}, {}
-    local missing = longest - #p
-    any = any or missing > 0
-    for t = 1, longest do
-      lists[b][t] = t > missing and p[t - missing] or pad
-      mask[b][t] = t > missing and 1 or 0
-    end
-  end
-  return lists, any and mask or nil, longest
-end
-
 --- Starts a generation; run:next() gives a list of new ids, one a row, until it gives nil. run:close() frees its memory.
 -- @param model wane.Model
 -- @param prompts integer[][]
 -- @param opts table|nil
 -- @return wane.Run
 function M.start(model, prompts, opts)
-  if type(prompts) ~= "table" then core.raise("generate: expected lists of token ids, found a %s", type(prompts)) end
-  if type(prompts[1]) == "number" then prompts = { prompts } end
-  if #prompts == 0 then core.raise "generate: no prompts" end
-  for b, p in ipairs(prompts) do
-    if type(p) ~= "table" or #p == 0 then core.raise("generate: prompt %d is empty; give at least one id (bos?)", b) end
-    for t, id in ipairs(p) do
-      if type(id) ~= "number" or id % 1 ~= 0 then core.raise("generate: id %d of prompt %d is %s; expected whole numbers", t, b, tostring(id)) end
-    end
-  end
-  local longest = 0
-  for _, p in ipairs(prompts) do longest = math.max(longest, #p) end
-  local o = M.options(model, opts, longest)
-  local lists, mask, time = pad_left(prompts, o.pad)
-  if o.attention_mask then mask = o.attention_mask end
+  prompts = inputs.check(prompts)
+  local o = M.options(model, opts, inputs.length(model, prompts))
+  local lists, mask, source = F.outside_scopes(inputs.prepare, model, prompts, o)
+  local time = #lists[1]
   local batch = #lists
   local capacity = time + o.max_new_tokens
-  local self = setmetatable({ model = model, o = o, batch = batch, prompt_length = time, produced = 0, enqueued = 0, finished = {}, left = batch }, Run)
+  local self = setmetatable({ model = model, o = o, batch = batch, source = source, prompt_length = time, produced = 0, enqueued = 0, finished = {},
+                             left = batch }, Run)
   local compute_f32 = (model.compute or "f32") == "f32"
   self.cache = passes.cache(batch, capacity, compute_f32 and C.WANE_F32 or C.WANE_BF16)
   self.ids = F.persistent(C.WANE_I32, batch, capacity)
@@ -168,7 +145,8 @@ function Run:forward(from, count)
       positions = F.upload(at, C.WANE_I32, self.batch * 4, self.batch, 1)
     end
   end
-  local pass = passes.new { batch = self.batch, time = count, start = from, positions = positions, key_mask = self.key_mask, cache = self.cache, tail_rows = 1 }
+  local pass = passes.new { batch = self.batch, time = count, start = from, positions = positions, key_mask = self.key_mask, cache = self.cache,
+                            source = self.source, tail_rows = 1 }
   local model = self.model
   local hidden = model:backbone(F.narrow(self.ids, 1, from, count), pass)
   if from + count < self.prompt_length then return nil end
@@ -275,7 +253,7 @@ function Run:close()
   for _, p in ipairs(self.pending) do p:close() end
   self.pending = {}
   self.cache:close()
-  for _, name in ipairs { "ids", "positions", "key_mask", "eos_tensor", "pad_tensor", "done" } do
+  for _, name in ipairs { "ids", "source", "positions", "key_mask", "eos_tensor", "pad_tensor", "done" } do
     if self[name] then
       self[name]:close()
       self[name] = nil
@@ -287,7 +265,7 @@ end
 
 --- New ids for each prompt. Rows end at an eos (included), at a stop string (opts.tokenizer needed) or at the length.
 -- @param model wane.Model
--- @param prompts integer[][] lists of ids; padded on the left to one length
+-- @param prompts integer[][] lists of ids; padded to one length, on the left (an encoder-decoder, whose encoder reads them: on the right)
 -- @param opts table|nil
 -- @return integer[][] new ids; second result: finish reasons
 function M.generate(model, prompts, opts)

@@ -1,4 +1,4 @@
---- Families of models. One file each: a table { name, architectures, prefix, embedding, head, defaults(config), build(config) }.
+--- Families of models. One file each: a table { name, architectures, embedding, head, build(config) } and what docs/adding-a-family.md lists.
 -- `wane.models.register(family or path)` adds one from outside the tree; docs/adding-a-family.md walks through it.
 -- @module wane.models
 local core = require "wane.core"
@@ -55,6 +55,9 @@ function M.build(config)
   if not family then return nil, message, code end
   local c = {}
   for k, v in pairs(config) do if v ~= require("cjson").null then c[k] = v end end
+  for theirs, ours in pairs(family.aliases or {}) do                   -- GPT-2's n_embd is hidden_size …
+    if c[theirs] ~= nil then c[ours] = c[theirs] end
+  end
   for _, key in ipairs { "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads" } do
     if family.required ~= false and type(c[key]) ~= "number" then
       return nil, ("config: '%s' is missing or no number (family %s)"):format(key, family.name), "WANE_E_FORMAT"
@@ -69,5 +72,6 @@ end
 
 M.register(require "wane.models.llama")
 M.register(require "wane.models.gpt_neox")
+M.register(require "wane.models.t5")
 
 return M

@@ -153,6 +153,12 @@ function F.add(a, b)
   return F.tape and F.tape:push(out, { a, b }, function(dy) return dy, dy end) or out
 end
 
+--- x * factor, a number.
+function F.scale(x, factor)
+  local out = F.binary_scalar(x, factor, C.WANE_MUL)
+  return F.tape and F.tape:push(out, { x }, function(dy) return F.scale(dy, factor) end) or out
+end
+
 --- Mean of all elements, a single value.
 function F.mean(x)
   local y = handle()

@@ -14,5 +14,6 @@ return {
   activation = layers.activation,
   gate = layers.gate,
   rotary = require("wane.nn.rotary").new,
+  RelativeBias = require("wane.nn.relative").new,
   functional = require "wane.nn.functional",
 }

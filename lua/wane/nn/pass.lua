@@ -14,7 +14,8 @@ local Cache = {}
 Cache.__index = Cache
 
 --- A key-value cache: for each attention, in the order they run, k and v [batch, heads, capacity, head_dim]. Pages are reserved for
--- the whole capacity and touched as the sequence grows, so growing copies nothing and costs what is used.
+-- the whole capacity and touched as the sequence grows, so growing copies nothing and costs what is used. An attention over a source
+-- holds as many keys as the source has rows, written once.
 -- @param batch integer
 -- @param capacity integer longest sequence
 -- @param dtype integer WANE_F32, _BF16 or _F16
@@ -22,13 +23,16 @@ function M.cache(batch, capacity, dtype)
   return setmetatable({ batch = batch, capacity = capacity, dtype = dtype, length = 0 }, Cache)
 end
 
-local function cache_layer(self, i, heads, width)
-  local layer = self[i]
-  if not layer then
-    layer = { k = F.persistent(self.dtype, self.batch, heads, self.capacity, width), v = F.persistent(self.dtype, self.batch, heads, self.capacity, width) }
-    self[i] = layer
-  end
-  return layer
+-- Room for `capacity` keys of the shape of k [B, T, KV, D].
+local function new_layer(cache, k, capacity)
+  local shape = k:shape()
+  local function room() return F.persistent(cache.dtype, cache.batch, shape[3], capacity, shape[4]) end
+  return { k = room(), v = room() }
+end
+
+local function append(layer, k, v, start)
+  F.kv_append(layer.k, k, start)
+  F.kv_append(layer.v, v, start)
 end
 
 --- Frees the cache's memory.
@@ -49,10 +53,12 @@ end
 ---@field positions wane.Tensor|nil i32 [batch, time]; nil: start + t
 ---@field key_mask wane.Tensor|nil u8 [batch, >= start + time]; 0 hides a key
 ---@field tail_rows integer|nil only this many last rows are wanted from the head
+---@field source wane.Pass|nil what an encoder-decoder's decoder attends to: the encoder's pass, finished, its result in `states`
+---@field states wane.Tensor|nil [batch, time, C] of a finished encoder pass
 local Pass = {}
 Pass.__index = Pass
 
---- @param fields table batch, time, start, positions, key_mask, cache, dtype
+--- @param fields table batch, time, start, positions, key_mask, cache, dtype, source
 function M.new(fields)
   fields.start = fields.start or 0
   fields.dtype = fields.dtype or C.WANE_F32
@@ -74,18 +80,17 @@ end
 --- q and k turned to their positions.
 function Pass:rotary(rotary, q, k) return rotary:rotate(q, self), rotary:rotate(k, self) end
 
---- Attention of q [B, T, H, D] over all keys so far, k and v [B, T, KV, D] joining the cache first. Returns [B, T, H*D].
--- @param o table|nil { window, scale, softcap, bias, causal }
-function Pass:attend(q, k, v, o)
+-- The cache of this pass, or one for this attention alone.
+local function cache_of(self)
   self.attentions = self.attentions + 1
-  local shape = k:shape()
-  local cache = self.cache or M.cache(self.batch, self.time, C.WANE_F32)
-  local layer = cache_layer(cache, self.attentions, shape[3], shape[4])
-  F.kv_append(layer.k, k, self.start)
-  F.kv_append(layer.v, v, self.start)
+  return self.cache or M.cache(self.batch, self.time, C.WANE_F32)
+end
+
+-- Attention over what a layer of the cache holds; [B, T, H*D].
+local function over(self, layer, q, length, key_mask, causal, o)
   local y = F.attention(q, layer.k, layer.v, {
-    q_start = self.start, kv_length = self.start + self.time, key_mask = self.key_mask,
-    window = o and o.window, scale = o and o.scale, softcap = o and o.softcap, bias = o and o.bias, causal = o and o.causal,
+    q_start = self.start, kv_length = length, key_mask = key_mask, causal = causal,
+    window = o and o.window, scale = o and o.scale, softcap = o and o.softcap, bias = o and o.bias,
   })
   if not self.cache then
     layer.k:close()
@@ -94,11 +99,38 @@ function Pass:attend(q, k, v, o)
   return F.view(y, self.batch, self.time, -1)
 end
 
+--- Attention of q [B, T, H, D] over all keys so far, k and v [B, T, KV, D] joining the cache first. Returns [B, T, H*D].
+-- @param o table|nil { window, scale, softcap, bias, causal }
+function Pass:attend(q, k, v, o)
+  local cache, i = cache_of(self), self.attentions
+  local layer = cache[i] or new_layer(cache, k, cache.capacity)
+  cache[i] = layer
+  append(layer, k, v, self.start)
+  return over(self, layer, q, self.start + self.time, self.key_mask, o and o.causal, o)
+end
+
+--- Attention of q [B, T, H, D] over every row of the source. Its keys and values are made once a sequence and stay in the cache.
+-- @param project function(source) -> k, v [B, S, KV, D] from source.states [B, S, C]
+-- @param o table|nil { scale, softcap, bias }
+-- @return wane.Tensor [B, T, H*D]
+function Pass:attend_source(q, project, o)
+  local cache, i = cache_of(self), self.attentions
+  local layer = cache[i]
+  if not layer then
+    local k, v = project(self.source)
+    layer = new_layer(cache, k, self.source.time)
+    cache[i] = layer
+    append(layer, k, v, 0)
+  end
+  return over(self, layer, q, self.source.time, self.source.key_mask, false, o)
+end
+
 --- Runs a list of layers, x -> x, freeing each one's temporaries when it is done.
-function Pass:through(layers, x)
+-- @param ... what every layer is given behind the pass
+function Pass:through(layers, x, ...)
   for i = 1, #layers do
     local before = x
-    x = core.scope(layers[i], x, self)
+    x = core.scope(layers[i], x, self, ...)
     if i > 1 then before:close() end
   end
   return x
@@ -109,6 +141,14 @@ function Pass:tail(x)
   local rows = self.tail_rows
   if not rows or rows >= self.time then return x end
   return F.narrow(x, 1, self.time - rows, rows)
+end
+
+--- Frees what a finished encoder pass holds.
+function Pass:close()
+  for _, name in ipairs { "states", "key_mask" } do
+    if self[name] then self[name]:close() end
+    self[name] = nil
+  end
 end
 
 return M
