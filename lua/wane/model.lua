@@ -151,8 +151,11 @@ end
 -- @return wane.Tensor f32, a single value
 function Model:loss(ids, labels, opts)
   local o = { attention_mask = opts and opts.attention_mask, decoder_attention_mask = opts and opts.decoder_attention_mask }
+  if type(labels) ~= "table" or Tensor.is(labels) then core.raise("loss: labels: expected lists of ids, found a %s", type(labels)) end
+  if type(labels[1]) == "number" then labels = { labels } end
   local targets = labels
   if self.encode then
+    if not self.config.decoder_start_token_id then core.raise "loss: the model's config says no decoder_start_token_id (T5: the pad token's id)" end
     o.decoder_input_ids = shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
   else
     targets = shift_left(labels)

@@ -239,11 +239,14 @@ describe("an encoder-decoder", function()
     refused("decoder_input_ids: row 1 has 2", model.forward, model, { { 5 }, { 6 } }, { decoder_input_ids = { { 0, 1 }, { 0 } } })
     refused("attention_mask: expected 2 row(s)", model.forward, model, { { 5 }, { 6 } }, { attention_mask = { { 1 } }, decoder_input_ids = { { 0 }, { 0 } } })
     refused("all are -100", model.loss, model, { { 5, 6 } }, { { -100, -100 } })
+    refused("expected lists", model.loss, model, { { 5, 6 } }, 7)
+    assert.equal(model:loss({ { 5, 6 } }, { { 7, 8 } }):item(), model:loss({ 5, 6 }, { 7, 8 }):item())
     refused("encoder-decoder", wane.evaluate.perplexity, model, { 5, 6, 7 })
     refused("prompt 2 is empty", model.generate, model, { { 5 }, {} })
     local start, defaults = model.config.decoder_start_token_id, model.generation_config
     model.config.decoder_start_token_id, model.generation_config = nil, {}
     refused("decoder_start_token_id", model.generate, model, { { 5 } })
+    refused("decoder_start_token_id", model.loss, model, { { 5 } }, { { 6 } })
     assert.equal(3, #model:generate({ { 5 } }, { decoder_start_token_id = 2, max_new_tokens = 3, ignore_eos = true })[1])
     model.config.decoder_start_token_id, model.generation_config = start, defaults
   end)
