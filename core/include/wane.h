@@ -432,7 +432,8 @@ typedef struct wane_load wane_load;
 enum {
   WANE_ARRANGE_NONE = 0,
   WANE_ARRANGE_ROPE = 1,     /* rows of each head go from adjacent pairs back to half-split (GGUF's llama q and k) */
-  WANE_ARRANGE_QKV = 2       /* rows q | k | v of all heads go back to q, k, v of each head (GGUF's gptneox) */
+  WANE_ARRANGE_QKV = 2,      /* rows q | k | v of all heads go back to q, k, v of each head (GGUF's gptneox) */
+  WANE_ARRANGE_TRANSPOSE = 3 /* the entry is a float matrix [cols, rows] (GPT-2's Conv1D); shape is the result's [rows, cols] */
 };
 typedef struct wane_load_item {
   int64_t entry;             /* of the index */
@@ -441,7 +442,7 @@ typedef struct wane_load_item {
   int32_t block_size;        /* target NF4, FP4: 32..4096, BLOCK8: > 0 */
   int32_t nested;            /* target NF4, FP4: double quantization */
   int32_t arrange;           /* WANE_ARRANGE_… */
-  int32_t heads;             /* for arrange */
+  int32_t heads;             /* for ROPE and QKV */
   int32_t ndim;
   int32_t reserved;
   int64_t shape[8];

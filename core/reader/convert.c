@@ -18,14 +18,22 @@ static int64_t lcm(int64_t a, int64_t b) {
 
 static int is_quantized(int dtype) { return dtype >= WANE_NF4 && dtype <= WANE_BLOCK8U; }
 
-int wane_conversion_is_copy(const wane_conversion *c) { return c->to.dtype == c->source && c->arrange != WANE_ARRANGE_ROPE; }
+/* Are the values of a chunk in another order than in the result? (QKV only moves whole runs of rows: reading puts them right.) */
+static int shuffled(const wane_conversion *c) { return c->arrange == WANE_ARRANGE_ROPE || c->arrange == WANE_ARRANGE_TRANSPOSE; }
+
+int wane_conversion_is_copy(const wane_conversion *c) { return c->to.dtype == c->source && !shuffled(c); }
 
 /* Values of a head's rows. */
 static int64_t head_values(const wane_conversion *c) { return c->to.shape[0] / c->heads * (c->to.n / c->to.shape[0]); }
 
 static int check_arrange(const wane_conversion *c, const char *name) {
   int64_t parts = c->arrange == WANE_ARRANGE_QKV ? 3 : 2;
-  if (c->arrange < 0 || c->arrange > WANE_ARRANGE_QKV) return wane_fail(WANE_E_ARG, "tensor '%s': arrangement %d does not exist", name, c->arrange);
+  if (c->arrange < 0 || c->arrange > WANE_ARRANGE_TRANSPOSE) return wane_fail(WANE_E_ARG, "tensor '%s': arrangement %d does not exist", name, c->arrange);
+  if (c->arrange == WANE_ARRANGE_TRANSPOSE) {
+    if (c->to.ndim == 2 && wane_is_float(c->source)) return WANE_OK;
+    return wane_fail(WANE_E_SHAPE, "tensor '%s' cannot be transposed while it is loaded: a float matrix was expected, found %d dimension(s) of %s", name,
+                     c->to.ndim, wane_dtype_name(c->source));
+  }
   if (c->heads < 1 || c->to.ndim < 1 || c->to.ndim > 2 || c->to.shape[0] % (c->heads * parts))
     return wane_fail(WANE_E_SHAPE, "tensor '%s': %lld rows cannot be %d heads of %s", name, (long long)(c->to.ndim ? c->to.shape[0] : 0), c->heads,
                      c->arrange == WANE_ARRANGE_QKV ? "q, k and v" : "pairs");
@@ -43,10 +51,11 @@ int wane_conversion_plan(wane_conversion *c, const char *name) {
   int64_t block = wane_gguf_block(c->source) ? wane_gguf_block(c->source) : 1;
   c->grain = lcm(block, is_quantized(to->dtype) && to->n ? wane_quant_grain(to->dtype, to->block_size, to->cols) : 1);
   if (same && c->arrange && to->n) c->grain = to->n / to->shape[0];
-  c->unit = c->arrange == WANE_ARRANGE_ROPE && to->n ? lcm(c->grain, head_values(c)) : c->grain;
+  c->unit = c->grain;
+  if (shuffled(c) && to->n) c->unit = lcm(c->grain, c->arrange == WANE_ARRANGE_ROPE ? head_values(c) : to->cols);
   if (c->grain < 1 || c->unit < 1) return wane_fail(WANE_E_SHAPE, "tensor '%s': block size %d does not fit its shape", name, to->block_size);
   /* plain float rows are quantized from the chunk itself, everything else passes through a worker's scratch */
-  if (!same && c->grain > SCRATCH_MOST && (!wane_is_float(c->source) || c->arrange == WANE_ARRANGE_ROPE))
+  if (!same && c->grain > SCRATCH_MOST && (!wane_is_float(c->source) || shuffled(c)))
     return wane_fail(WANE_E_UNSUPPORTED, "tensor '%s': blocks of %lld values are too large to be quantized while loading", name, (long long)c->grain);
   return WANE_OK;
 }
@@ -75,17 +84,32 @@ uint64_t wane_conversion_place(const wane_conversion *c, uint64_t at, uint64_t *
 
 /* ---------------------------------------------------------------- values of a chunk */
 
-typedef struct span { const wane_conversion *c; const char *bytes; int64_t first; } span;   /* the chunk: its bytes and first value */
+typedef struct span { const wane_conversion *c; const char *bytes; int64_t first, count; } span;   /* the chunk: its bytes, first value, values */
+
+/* Values [at, at + count) of one row, read down a column of the chunk's tile [cols, rows of the chunk] (TRANSPOSE). */
+static void fetch_column(const span *s, int64_t at, int64_t count, float *out) {
+  const wane_conversion *c = s->c;
+  int64_t cols = c->to.cols, width = s->count / cols, from = at % cols * width + at / cols - s->first / cols;
+  if (c->source == WANE_F32) {
+    const float *x = (const float *)(const void *)s->bytes + from;
+    for (int64_t i = 0; i < count; i++) out[i] = x[i * width];
+    return;
+  }
+  const uint16_t *x = (const uint16_t *)(const void *)s->bytes + from;
+  if (c->source == WANE_F16) for (int64_t i = 0; i < count; i++) out[i] = wane_f16_to_f32(x[i * width]);
+  else for (int64_t i = 0; i < count; i++) out[i] = wane_bf16_to_f32(x[i * width]);
+}
 
 /* Values [at, at + count) of the tensor, which lie in the chunk, as f32. */
 static void fetch(const span *s, int64_t at, int64_t count, float *out) {
   const wane_conversion *c = s->c;
   wane_qview q = { .dtype = c->source, .rows = c->to.rows, .cols = c->to.cols, .codes = s->bytes };
-  if (c->arrange != WANE_ARRANGE_ROPE) { wane_dequantize_range(&q, at - s->first, count, out); return; }
+  if (!shuffled(c)) { wane_dequantize_range(&q, at - s->first, count, out); return; }
   int64_t width = c->to.n / c->to.shape[0];
   while (count) {
     int64_t row = at / width, within = at % width, n = width - within < count ? width - within : count;
-    wane_dequantize_range(&q, source_row(c, row) * width + within - s->first, n, out);
+    if (c->arrange == WANE_ARRANGE_TRANSPOSE) fetch_column(s, at, n, out);
+    else wane_dequantize_range(&q, source_row(c, row) * width + within - s->first, n, out);
     at += n; out += n; count -= n;
   }
 }
@@ -107,9 +131,9 @@ static void narrow(const float *x, int64_t count, int dtype, char *out) {
 static void convert(const span *s, int64_t at, int64_t count) {
   const wane_conversion *c = s->c;
   const wane_layout *to = &c->to;
-  if (to->dtype == c->source) { copy_rows(s, at, count); return; }
+  if (to->dtype == c->source && c->arrange != WANE_ARRANGE_TRANSPOSE) { copy_rows(s, at, count); return; }
   if (to->dtype == WANE_F32) { fetch(s, at, count, (float *)(void *)c->base + at); return; }
-  if (is_quantized(to->dtype) && wane_is_float(c->source) && c->arrange != WANE_ARRANGE_ROPE) {
+  if (is_quantized(to->dtype) && wane_is_float(c->source) && !shuffled(c)) {
     const char *x = s->bytes + (at - s->first) * wane_size_of(c->source);
     wane_quantize_range(to->dtype, x, c->source, at, count, to->cols, to->block_size, c->base, c->scales);
     return;
@@ -127,7 +151,7 @@ static void convert(const span *s, int64_t at, int64_t count) {
 /* ---------------------------------------------------------------- kernels */
 
 void wane_conversion_chunk(const wane_op *op, uint32_t chunk) {
-  span s = { op->p[0], op->p[1], op->n[0] };
+  span s = { op->p[0], op->p[1], op->n[0], op->n[1] };
   int64_t lo, hi;
   wane_op_range(op, chunk, op->n[1], s.c->grain, &lo, &hi);
   if (hi > lo) convert(&s, op->n[0] + lo, hi - lo);

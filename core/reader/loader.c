@@ -12,6 +12,7 @@
  * state frees every block that was not taken. */
 #include "convert.h"
 #include <stdatomic.h>
+#include <fcntl.h>
 #include <string.h>
 #include <uv.h>
 
@@ -41,6 +42,9 @@ typedef struct slot {
   uint64_t begin;
   uint64_t ticket;
   int state;
+  uv_work_t gather;                            /* TRANSPOSE: a read in many pieces */
+  int status;
+  char message[256];
 } slot;
 
 struct wane_load {
@@ -129,6 +133,8 @@ static int begin_item(item *it) {
   const wane_layout *to = &it->c.to;
   it->block = wane_mapping_block(to->bytes, it->name);
   if (!it->block) return WANE_E_MEMORY;
+  /* A tile's pieces lie all over the entry: let the system read it once, in order, ahead of them. */
+  if (it->c.arrange == WANE_ARRANGE_TRANSPOSE) posix_fadvise(it->file->fd, (off_t)it->offset, (off_t)it->bytes, POSIX_FADV_WILLNEED);
   it->c.base = it->block->base;
   it->c.scales = (float *)(void *)(it->c.base + to->at[WANE_PART_ABSMAX]);
   if (to->part_bytes[WANE_PART_CODE]) memcpy(it->c.base + to->at[WANE_PART_CODE], wane_dynamic_map(to->dtype == WANE_BLOCK8), 256 * 4);
@@ -183,6 +189,44 @@ static void read_on(slot *s) {
   if (s->load->status == WANE_OK) s->load->status = wane_fail(WANE_E_IO, "cannot read '%s': %s", s->it->file->path, uv_strerror(e));
 }
 
+/* On a thread of libuv's pool: a chunk's tile [cols, rows of the chunk] out of the entry [cols, rows]. Thousands of short pieces, so
+ * they are read in one go here rather than as an event each. */
+static void gather_tile(uv_work_t *work) {
+  slot *s = work->data;
+  const item *it = s->it;
+  uint64_t size = (uint64_t)wane_size_of(it->c.source), cols = (uint64_t)it->c.to.cols, width = (uint64_t)s->count / cols * size;
+  uint64_t row = (uint64_t)it->c.to.rows * size, from = it->offset + (uint64_t)s->first / cols * size;
+  for (uint64_t k = 0; k < cols && s->status == WANE_OK; k++) {
+    if (wane_job_cancelled(s->load->job)) return;
+    s->status = wane_file_read(it->file, from + k * row, s->to + k * width, (size_t)width);
+  }
+  if (s->status != WANE_OK) wane_error_save(s->message, sizeof s->message);
+}
+
+/* On the job's thread, when a tile is there. */
+static void on_gathered(uv_work_t *work, int e) {
+  slot *s = work->data;
+  wane_load *l = s->load;
+  l->reading--;
+  s->state = READY;
+  if (s->status == WANE_OK && e == 0) {
+    l->done += s->end - s->begin;
+    wane_job_set_progress(l->job, l->done, l->total);
+  } else if (l->status == WANE_OK) {
+    l->status = e ? wane_fail(WANE_E_IO, "cannot read '%s': %s", s->it->file->path, uv_strerror(e)) : s->status;
+    if (!e) wane_error_restore(s->message);
+  }
+}
+
+static void gather_on(slot *s) {
+  s->gather.data = s;
+  s->status = WANE_OK;
+  int e = uv_queue_work(&s->load->loop, &s->gather, gather_tile, on_gathered);
+  if (e == 0) { s->load->reading++; s->state = READING; return; }
+  s->state = READY;
+  if (s->load->status == WANE_OK) s->load->status = wane_fail(WANE_E_IO, "cannot read '%s': %s", s->it->file->path, uv_strerror(e));
+}
+
 /* Values of a chunk: whole units that fit the buffer. */
 static int64_t chunk_values(const item *it) {
   int64_t unit_bytes = bytes_of(it, it->c.unit);
@@ -203,7 +247,7 @@ static int issue(wane_load *l, slot *s) {
       s->end = (uint64_t)bytes_of(it, s->first + s->count);
       s->to = wane_conversion_is_copy(&it->c) ? it->c.base + s->begin : s->buffer;
       l->next_value += s->count;
-      read_on(s);
+      if (it->c.arrange == WANE_ARRANGE_TRANSPOSE) gather_on(s); else read_on(s);
       return 1;
     }
     if (it->c.to.n == 0) end_item(l, it);

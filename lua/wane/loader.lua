@@ -16,7 +16,7 @@ local PARTS = C.WANE_PARTS
 
 -- ---------------------------------------------------------------- sources: one stored tensor each
 
-local arrangements = { rope = C.WANE_ARRANGE_ROPE, qkv = C.WANE_ARRANGE_QKV }
+local arrangements = { rope = C.WANE_ARRANGE_ROPE, qkv = C.WANE_ARRANGE_QKV, transpose = C.WANE_ARRANGE_TRANSPOSE }
 
 -- A stored tensor that becomes one tensor: mapped, or item `item` of the load. options: source, shape, target (dtype name),
 -- block_size, nested.

@@ -121,6 +121,53 @@ describe("loader", function()
       assert.is_true(files.bytes(assert(loader.load(c, { { entry = e, dtype = "bf16" } }))[1]) == files.bytes(require("wane.tensor").wrap(h)))
     end)
 
+    it("turns matrices round while it quantizes and casts them, tile by tile", function()
+      -- [1001, 1500] f32 is 6 MB: three tiles; 48 columns and blocks of 64: a block straddles rows
+      for _, case in ipairs { { "f32", 1001, 1500 }, { "f16", 48, 200 }, { "bf16", 64, 33 }, { "f32", 1, 5 }, { "f16", 700, 3001 } } do
+        local dtype, cols, rows = unpack(case)
+        local t = tensor_as(dtype, { cols, rows }, 27)
+        local turned = t:t():contiguous()
+        local c = checkpoint_of(t)
+        local e = c:find "w.weight"
+        e.arrange, e.shape = "transpose", { rows, cols }
+        for _, scheme in ipairs(schemes) do
+          local list = assert(loader.load(c, { { entry = e, scheme = scheme } }))
+          local whole = files.quantize(turned, kind_of(scheme), scheme.block_size, scheme.double_quant)
+          assert_same_parts(whole, list[1], ("%s [%d, %d] %s"):format(dtype, rows, cols, scheme.type))
+          list[1]:close()
+          whole:close()
+        end
+        for _, target in ipairs { "f32", "f16", "bf16" } do
+          local list = assert(loader.load(c, { { entry = e, dtype = target } }))
+          assert.same({ rows, cols }, list[1]:shape())
+          assert.is_true(files.bytes(turned:to(target)) == files.bytes(list[1]), dtype .. " to " .. target)
+        end
+      end
+    end)
+
+    it("refuses to turn what is no float matrix", function()
+      for _, case in ipairs { { "f32", { 2, 3, 4 } }, { "i32", { 2, 3 } } } do
+        local c = checkpoint_of(files.tensor(case[1], case[2], ("\0"):rep(case[1] == "f32" and 96 or 24)))
+        local e = c:find "w.weight"
+        e.arrange = "transpose"
+        local list, message, code = loader.load(c, { { entry = e } })
+        assert.is_nil(list)
+        assert.equal("WANE_E_SHAPE", code)
+        assert.truthy(message:find("a float matrix was expected", 1, true))
+      end
+    end)
+
+    it("fails, and leaves nothing, where a file was cut inside a matrix that is turned", function()
+      local c, path = checkpoint_of(tensor_as("f32", { 1001, 1500 }, 3))
+      local e = c:find "w.weight"
+      e.arrange, e.shape = "transpose", { 1500, 1001 }
+      assert(os.execute(("truncate -s 3000000 '%s/model.safetensors'"):format(path)) == 0)
+      local list, message, code = loader.load(c, { { entry = e, scheme = schemes[1] } })
+      assert.is_nil(list)
+      assert.equal("WANE_E_IO", code)
+      assert.truthy(message:find("truncated", 1, true))
+    end)
+
     it("quantizes GGUF blocks as their exact values", function()
       local random = files.random(3)
       for _, kind in ipairs { { 2, 18 }, { 3, 20 }, { 6, 22 }, { 7, 24 }, { 8, 34 } } do
