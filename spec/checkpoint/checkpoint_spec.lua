@@ -42,6 +42,7 @@ describe("checkpoint", function()
     it("are found under every spelling, canonical ones first", function()
       assert.same({ "model.norm.weight", "norm.weight", "module.model.norm.weight", "module.norm.weight" }, names.spellings("llama", "model.norm.weight"))
       assert.same({ "embed_out.weight", "lm_head.weight", "module.embed_out.weight", "module.lm_head.weight" }, names.spellings("gpt_neox", "embed_out.weight"))
+      assert.same({ "model.decoder.x", "decoder.x", "x", "module.model.decoder.x", "module.decoder.x", "module.x" }, names.spellings("opt", "model.decoder.x"))
       assert.same({ "x.weight", "module.x.weight" }, names.spellings("of my own", "x.weight"))
     end)
 
@@ -55,9 +56,9 @@ describe("checkpoint", function()
     end)
 
     it("become canonical", function()
-      assert.equal("embed_out.weight", names.canonical("gpt_neox", "lm_head.weight", false))
-      assert.equal("model.layers.0.mlp.up_proj.weight", names.canonical("llama", "layers.0.mlp.up_proj.weight", true))
-      assert.equal("lm_head.weight", names.canonical("llama", "module.lm_head.weight", true))
+      assert.equal("embed_out.weight", names.canonical("gpt_neox", "lm_head.weight", ""))
+      assert.equal("model.layers.0.mlp.up_proj.weight", names.canonical("llama", "layers.0.mlp.up_proj.weight", "model."))
+      assert.equal("lm_head.weight", names.canonical("llama", "module.lm_head.weight", "model."))
       assert.equal("model.layers.11.self_attn.k_proj.bias", names.from_gguf("llama", "blk.11.attn_k.bias"))
       assert.equal("blk.11.attn_k.bias", names.to_gguf("llama", "model.layers.11.self_attn.k_proj.bias"))
       assert.equal("gpt_neox.layers.3.attention.query_key_value.weight", names.from_gguf("gptneox", "blk.3.attn_qkv.weight"))
@@ -65,19 +66,57 @@ describe("checkpoint", function()
       assert.equal("strange.weight", names.from_gguf("llama", "strange.weight"))
     end)
 
+    it("may leave out all of a prefix, a part of it, or nothing", function()
+      local function missing(model_type, list)
+        local i = 0
+        return names.missing_prefix(model_type, function() i = i + 1 return list[i] end)
+      end
+      assert.equal("", missing("opt", { "lm_head.weight", "model.decoder.layers.0.fc1.weight" }))
+      assert.equal("model.", missing("opt", { "decoder.embed_tokens.weight", "decoder.layers.0.fc1.weight" }))
+      assert.equal("model.decoder.", missing("opt", { "embed_tokens.weight", "layers.0.fc1.weight", "lm_head.weight" }))
+      assert.equal("transformer.", missing("bloom", { "h.0.mlp.dense_4h_to_h.weight", "word_embeddings.weight" }))
+      assert.equal("", missing("bloom", { "module.transformer.ln_f.weight" }))
+      assert.equal("", missing("of my own", { "x" }))
+    end)
+
     it("of a family from outside the tree, once it is registered", function()
       require("wane.models").register { name = "mine", architectures = { "MineForCausalLM" }, prefix = "core", embedding = "core.e", head = "out",
                                         build = function() end }
       assert.same({ "core.x.weight", "x.weight", "module.core.x.weight", "module.x.weight" }, names.spellings("mine", "core.x.weight"))
-      assert.equal("core.x.weight", names.canonical("mine", "x.weight", true))
+      assert.equal("core.x.weight", names.canonical("mine", "x.weight", "core."))
     end)
 
     it("of buffers are left out, biases are not", function()
-      for _, name in ipairs { "gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias", "model.layers.0.self_attn.rotary_emb.inv_freq",
-                              "rotary_emb.inv_freq" } do assert.is_true(names.is_ignorable(name), name) end
-      for _, name in ipairs { "gpt_neox.layers.0.attention.dense.bias", "gpt_neox.layers.0.input_layernorm.bias", "lm_head.bias" } do
-        assert.is_false(names.is_ignorable(name), name)
+      for _, case in ipairs {
+        { "gpt_neox", "gpt_neox.layers.0.attention.bias", "layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias" },
+        { "gpt2", "transformer.h.0.attn.bias", "h.11.attn.bias", "h.0.attn.masked_bias" }, { "gptj", "transformer.h.0.attn.bias" },
+        { "gpt_neo", "transformer.h.0.attn.attention.bias", "transformer.h.1.attn.attention.masked_bias" },
+        { "llama", "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight" },
+      } do
+        for i = 2, #case do assert.is_true(names.is_ignorable(case[i], case[1]), case[i]) end
       end
+      for _, case in ipairs {
+        { "gpt_neox", "gpt_neox.layers.0.attention.dense.bias", "gpt_neox.layers.0.input_layernorm.bias" }, { "gptj", "lm_head.bias" },
+        { "gpt2", "h.0.attn.c_attn.bias", "h.0.attn.c_proj.bias" }, { "gpt_neo", "transformer.h.0.attn.attention.out_proj.bias" },
+        { "bloom", "h.0.self_attention.dense.bias" }, { "of my own", "layers.0.attn.bias", "layers.0.attention.bias" },
+      } do
+        for i = 2, #case do assert.is_false(names.is_ignorable(case[i], case[1]), case[i]) end
+      end
+    end)
+
+    it("of Conv1D's weights say that the file holds them the other way round", function()
+      for _, name in ipairs { "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj" } do
+        assert.is_true(names.is_transposed("gpt2", "transformer.h.3." .. name .. ".weight"), name)
+        assert.is_false(names.is_transposed("gpt2", "transformer.h.3." .. name .. ".bias"), name)
+        assert.is_false(names.is_transposed("gpt_neo", "transformer.h.3." .. name .. ".weight"), name)
+      end
+      assert.is_false(names.is_transposed("gpt2", "transformer.wte.weight"))
+      local c = assert(checkpoint.open "spec/fixtures/models/gpt2")
+      local e = c:find "transformer.h.0.attn.c_attn.weight"
+      assert.same({ { 144, 48 }, "transpose" }, { e.shape, e.arrange })
+      local ours = files.floats(assert(loader.load(c, { { entry = e } }))[1])
+      local theirs = files.floats(assert(checkpoint.read_safetensors "spec/fixtures/models/gpt2/model.safetensors")[e.file_name])
+      for n = 0, 143 do for k = 0, 47 do assert.equal(theirs[k * 144 + n], ours[n * 48 + k]) end end
     end)
 
     it("of files without the base model's prefix and with a wrapper's", function()
@@ -255,6 +294,28 @@ describe("checkpoint", function()
         end
         assert.equal("LlamaForCausalLM", back.config.architectures[1])
       end
+    end)
+
+    it("of Conv1D: quantized as a Linear, as bitsandbytes does it; what stays plain keeps its format's layout", function()
+      local source = assert(checkpoint.open "spec/fixtures/models/gpt2")
+      local out = folder .. "/gpt2-nf4"
+      assert(checkpoint.write_quantized(out, { checkpoint = source, scheme = { type = "nf4", double_quant = true, skip = { "lm_head", "attn.c_proj" } } }))
+      local back = assert(checkpoint.open(out))
+      for _, name in ipairs(source:names()) do
+        local from, to = source:find(name), back:find(name)
+        assert.same(from.shape, to.shape)
+        if to.quant then
+          assert.is_nil(to.arrange)
+          local a = files.parts(assert(loader.load(source, { { entry = from, scheme = { type = "nf4", block_size = 64, double_quant = true } } }))[1])
+          local b = files.parts(assert(loader.load(back, { { entry = to } }))[1])
+          for part = 0, 5 do assert.is_true(a[part] == b[part], name .. " part " .. part) end
+        else
+          assert.equal(from.arrange, to.arrange)
+          assert.is_true(source.index:bytes(from) == back.index:bytes(to), name)
+        end
+      end
+      assert.truthy(back:find("transformer.h.1.mlp.c_fc.weight").quant)
+      assert.equal("transpose", back:find("transformer.h.1.attn.c_proj.weight").arrange)
     end)
 
     it("with the tokenizer of a GGUF file, which gives the same ids", function()

@@ -138,6 +138,9 @@ local function list_items(ckpt, opts, select)
       item.dtype = opts.dtype or (widths[entry.dtype] and entry.dtype) or "f32"
     else
       item.dtype = plain_dtype(entry, #entry.shape > 0 and opts.dtype or nil)
+      if entry.arrange == "transpose" then                -- what stays plain stays as its format has it
+        entry.arrange, entry.shape = nil, { entry.shape[2], entry.shape[1] }
+      end
     end
     items[#items + 1] = item
   end

@@ -77,6 +77,15 @@ function Index:name(i)
   return ffi.string(raw.name)
 end
 
+--- Names of all entries, in order: `for name in ix:each_name() do`.
+function Index:each_name()
+  local i, count = -1, self:count()
+  return function()
+    i = i + 1
+    return i < count and self:name(i) or nil
+  end
+end
+
 --- Paths of the files, in order.
 function Index:files()
   local list = {}

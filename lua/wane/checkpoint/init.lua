@@ -45,17 +45,6 @@ local function weights_of(folder)
   return nil, ("'%s' has no model.safetensors and no model.safetensors.index.json"):format(folder), "WANE_E_NOTFOUND"
 end
 
--- Does the file leave the base model's prefix out ("layers.0…" instead of "model.layers.0…")?
-local function is_bare(ix, model_type)
-  local prefix = names.prefix(model_type)
-  if not prefix then return false end
-  for i = 0, ix:count() - 1 do
-    local name = ix:name(i):gsub("^module%.", "")
-    if name:sub(1, #prefix + 1) == prefix .. "." then return false end
-  end
-  return true
-end
-
 local function open_folder(path)
   local config, message, code = json.read(path .. "/config.json")
   if not config then
@@ -111,7 +100,7 @@ function M.open(path)
   end
   self.format = self.index:format()
   self.model_type = self.config.model_type
-  self.bare = self.format == "safetensors" and is_bare(self.index, self.model_type)
+  if self.format == "safetensors" then self.missing = names.missing_prefix(self.model_type, self.index:each_name()) end
   return setmetatable(self, Checkpoint)
 end
 
@@ -128,7 +117,8 @@ end
 
 --- The entry of a tensor by its canonical name, or nil. Fields: name, file_name, dtype (of the values as stored: "f32", "q4_1"; the
 -- quantized type's name where it is quantized), file_dtype, shape (logical), bytes, quant (nil or { type, block_size, double_quant, … }),
--- invalid (a message, where its parts do not fit together: loading it fails with that).
+-- invalid (a message, where its parts do not fit together: loading it fails with that), arrange (how its values are moved when they
+-- are read: "transpose" for a matrix that the file holds the other way round than `shape` says).
 -- @param name string
 -- @return table|nil
 function Checkpoint:find(name)
@@ -140,6 +130,9 @@ function Checkpoint:find(name)
     return e
   end
   local q, message = quantized.recognise(self.index, e.file_name, e)
+  if not q and names.is_transposed(self.model_type, name) and #e.shape == 2 then
+    e.arrange, e.shape = "transpose", { e.shape[2], e.shape[1] }
+  end
   if q then
     e.codes, e.quant, e.shape, e.dtype = e.shape, q, q.shape, q.type
     for _, part in pairs(q.parts) do e.bytes = e.bytes + part.bytes end
@@ -157,7 +150,7 @@ function Checkpoint:names()
   local list, there = {}, {}
   for i = 0, self.index:count() - 1 do
     local name = self.index:name(i)
-    if not names.is_ignorable(name) and not (self.format == "safetensors" and self:is_part(name)) then
+    if not names.is_ignorable(name, self.model_type) and not (self.format == "safetensors" and self:is_part(name)) then
       local canonical = self:canonical(name)
       if not there[canonical] then list[#list + 1] = canonical end
       there[canonical] = true
@@ -176,7 +169,7 @@ end
 --- The canonical name of a file's spelling.
 function Checkpoint:canonical(name)
   if self.format == "gguf" then return gguf.canonical(self.config, name) end
-  return names.canonical(self.model_type, name, self.bare)
+  return names.canonical(self.model_type, name, self.missing)
 end
 
 --- What a model wants and the files lack, and the other way round.

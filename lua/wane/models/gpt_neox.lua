@@ -8,7 +8,7 @@ local function Attention(c)
     query_key_value = nn.Linear(c.hidden_size, 3 * c.hidden_size, c.attention_bias),
     dense = nn.Linear(c.hidden_size, c.hidden_size, c.attention_bias),
     forward = function(self, x, pass)
-      local q, k, v = pass:split_heads(H, self.query_key_value(x), 3, D)
+      local q, k, v = pass:split(self.query_key_value(x), D, H, 1, 1, 1)
       q, k = pass:rotary(c.rotary, q, k)
       return self.dense(pass:attend(q, k, v))
     end,
@@ -45,6 +45,8 @@ return {
   prefix = "gpt_neox",
   embedding = "gpt_neox.embed_in",
   head = "embed_out",
+  heads = { "lm_head" },                 -- as transformers 5 calls it
+  buffers = { "%.attention%.bias$" },    -- the causal mask, in older files
 
   --- Fills in what a config may leave unsaid (configuration_gpt_neox.py).
   defaults = function(c)

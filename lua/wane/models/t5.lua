@@ -91,6 +91,7 @@ return {
   embedding = "shared",
   head = "lm_head",
   keep = { "wo" },
+  buffers = { "%.EncDecAttention%.relative_attention_bias%.weight$" },     -- in older files; no version reads it
   spellings = { shared = { "encoder.embed_tokens", "decoder.embed_tokens", "lm_head" } },     -- files may hold any one, or several
 
   --- Fills in what a config may leave unsaid (configuration_t5.py).
