@@ -84,7 +84,8 @@ end
 
 --- The tests of one model.
 -- @param name string folder of spec/fixtures/models
--- @param where table paths of the modules whose results are the fixtures' hidden states: { embed, layer (with %d), final }
+-- @param where table paths of the modules whose results are the fixtures' hidden states: { layer (with %d), embed = nil | path (default:
+--   what enters layer 0), final = nil | path (default: what enters the head) }
 function M.check(name, where)
   setfenv(1, getfenv(2))              -- busted gives `describe` and `it` to the spec's own environment
   describe(name, function()
@@ -96,13 +97,17 @@ function M.check(name, where)
     teardown(function() if model then model:close() end end)
 
     it("logits and every hidden state equal transformers'", function()
-            local seen = {}
-      local function watch(path, key)
-        model:on_forward(path, function(y) seen[key] = F.outside_scopes(F.cast, y, core.C.WANE_F32) end)
-        return path
+      local seen, watched = {}, {}
+      local function watch(path, key, input)
+        local function keep(state, t) if state then seen[state] = F.outside_scopes(F.cast, t, core.C.WANE_F32) end end
+        model:on_forward(path, function(y, _, x) keep(key, y) keep(input, x) end)
+        watched[#watched + 1] = path
       end
-      local watched = { watch(where.embed, "hidden.embed"), watch(where.final, "hidden.final") }
-      for i = 0, model.config.num_hidden_layers - 1 do watched[#watched + 1] = watch(where.layer:format(i), "hidden.layer_" .. i) end
+      for i = 0, model.config.num_hidden_layers - 1 do
+        watch(where.layer:format(i), "hidden.layer_" .. i, i == 0 and not where.embed and "hidden.embed" or nil)
+      end
+      if where.embed then watch(where.embed, "hidden.embed") end
+      if where.final then watch(where.final, "hidden.final") else watch(model.family.head, nil, "hidden.final") end
       local logits = model:forward(lists(expected.input_ids))
       seen.logits = logits
       local worst = 0
@@ -113,7 +118,7 @@ function M.check(name, where)
         assert.is_true(d <= TOLERANCE, ("%s differs by %g"):format(key, d))
         worst = math.max(worst, d)
       end
-      assert.is_truthy(seen["hidden.layer_1"])
+      assert.is_truthy(seen["hidden.layer_1"] and seen["hidden.embed"] and seen["hidden.final"])
       print(("  %s: logits and hidden states, largest difference %.2g"):format(name, worst))
       for _, path in ipairs(watched) do model:on_forward(path, nil) end
     end)

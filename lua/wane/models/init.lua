@@ -70,8 +70,9 @@ function M.build(config)
   return tree
 end
 
-M.register(require "wane.models.llama")
-M.register(require "wane.models.gpt_neox")
-M.register(require "wane.models.t5")
+for _, name in ipairs {
+  "llama", "gpt_neox", "t5",
+  "bloom", "gptj", "opt", "gpt2", "gpt_neo", "falcon", "phi",
+} do M.register(require("wane.models." .. name)) end
 
 return M

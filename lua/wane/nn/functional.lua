@@ -147,7 +147,7 @@ function F.binary_scalar(a, value, op, reversed)
   return wrap(y)
 end
 
---- a + b of equal shapes.
+--- a + b. Equal shapes, or b repeats along a; then b must need no gradient.
 function F.add(a, b)
   local out = F.binary(a, b, C.WANE_ADD)
   return F.tape and F.tape:push(out, { a, b }, function(dy) return dy, dy end) or out
@@ -207,6 +207,20 @@ function F.nll(logits, labels, ignore_index)
     check(C.wane_nll_backward(stream(), d, logits.h, labels.h, dy.h, ignore_index or -100))
     return wrap(d)
   end)
+end
+
+--- [1, count]: start, start + 1 … as dtype number `dtype`.
+function F.arange(start, count, dtype)
+  local y = handle()
+  check(C.wane_arange(stream(), y, start, start + count, 1, dtype))
+  return F.view(wrap(y), 1, count)
+end
+
+--- Running sums along `dim` (from 0).
+function F.cumsum(x, dim)
+  local y = handle()
+  check(C.wane_cumsum(stream(), y, x.h, dim))
+  return wrap(y)
 end
 
 local sizes = ffi.new "int64_t[8]"

@@ -9,11 +9,13 @@ return {
   is_module = module.is,
   Linear = require("wane.nn.linear").new,
   Embedding = layers.Embedding.new,
+  PositionEmbedding = layers.PositionEmbedding.new,
   RMSNorm = layers.RMSNorm.new,
   LayerNorm = layers.LayerNorm.new,
   activation = layers.activation,
   gate = layers.gate,
   rotary = require("wane.nn.rotary").new,
   RelativeBias = require("wane.nn.relative").new,
+  alibi = require("wane.nn.alibi").new,
   functional = require "wane.nn.functional",
 }

@@ -22,6 +22,24 @@ function Embedding:describe()
   return ("Embedding(%d, %d%s)"):format(self.count, self.width, w and w:dtype() ~= "f32" and ", " .. w:dtype() or "")
 end
 
+---@class wane.PositionEmbedding : wane.Module
+---@field weight wane.Tensor [count + offset, width]
+local PositionEmbedding = module.class "PositionEmbedding"
+M.PositionEmbedding = PositionEmbedding
+
+--- A table of learned positions. Left-padded rows count from their first real token; what stands at a pad is never seen.
+-- @param count integer longest sequence
+-- @param width integer
+-- @param offset integer|nil rows in front of position 0 (OPT: 2)
+function PositionEmbedding.new(count, width, offset)
+  offset = offset or 0
+  return module.instance(PositionEmbedding, { count = count, width = width, offset = offset,
+    params = { { name = "weight", shape = { count + offset, width } } } })
+end
+--- Rows for the positions of a pass: [B, T, width], or [1, T, width] where all rows agree.
+function PositionEmbedding:forward(pass) return F.embedding(self.weight, pass:position_ids(self.offset), pass.dtype) end
+function PositionEmbedding:describe() return ("PositionEmbedding(%d, %d)"):format(self.count, self.width) end
+
 ---@class wane.RMSNorm : wane.Module
 local RMSNorm = module.class "RMSNorm"
 M.RMSNorm = RMSNorm
@@ -39,9 +57,10 @@ local LayerNorm = module.class "LayerNorm"
 M.LayerNorm = LayerNorm
 --- @param width integer
 -- @param eps number
-function LayerNorm.new(width, eps)
+-- @param affine boolean|nil false: neither weight nor bias
+function LayerNorm.new(width, eps, affine)
   return module.instance(LayerNorm, { width = width, eps = eps,
-    params = { { name = "weight", shape = { width } }, { name = "bias", shape = { width } } } })
+    params = affine ~= false and { { name = "weight", shape = { width } }, { name = "bias", shape = { width } } } or {} })
 end
 function LayerNorm:forward(x) return F.layer_norm(x, self.weight, self.bias, self.eps) end
 function LayerNorm:describe() return ("LayerNorm(%d, eps %g)"):format(self.width, self.eps) end

@@ -19,11 +19,11 @@ local function number(module)
   return module
 end
 
---- Runs the module: forward(...), then its hook (if any) sees the result.
+--- Runs the module: forward(...), then its hook (if any) sees the result and what went in.
 function Module.__call(self, ...)
   local y = self:forward(...)
   local hook = rawget(self, "hook")
-  if hook then hook(y, self) end
+  if hook then hook(y, self, ...) end
   return y
 end
 
@@ -148,7 +148,7 @@ function Module:memory_footprint(convention)
   return upstream + (rotary and math.floor(rotary.dim / 2) * 4 * 2 or 0)
 end
 
---- Calls fn(result, module) after each forward of the module at `path`; nil removes it. For looking inside.
+--- Calls fn(result, module, inputs…) after each forward of the module at `path`; nil removes it. For looking inside.
 function Module:on_forward(path, fn)
   local module = self:find(path)
   if not module then core.raise("there is no module '%s' here; print(model) draws the tree", path) end

@@ -37,6 +37,8 @@ end
 
 --- Frees the cache's memory.
 function Cache:close()
+  if self.alibi then self.alibi.bias:close() end
+  self.alibi = nil
   for i = #self, 1, -1 do
     self[i].k:close()
     self[i].v:close()
@@ -69,12 +71,35 @@ end
 --- x [B, T, n*D] as heads [B, T, n, D].
 function Pass:heads(n, x) return F.view(x, self.batch, self.time, n, -1) end
 
---- The parts of fused heads: x [B, T, H*parts*D], each head holding its parts side by side -> parts tensors [B, T, H, D].
-function Pass:split_heads(n, x, parts, width)
-  local whole = F.view(x, self.batch, self.time, n, parts * width)
-  local out = {}
-  for i = 1, parts do out[i] = F.narrow(whole, 3, (i - 1) * width, width) end
+--- The parts of fused heads. Each of `groups` groups holds parts of n1, n2 … heads one after another: x [B, T, groups*(n1 + n2 + …)*D]
+-- -> for each part [B, T, groups*n, D]. GPT-NeoX: H groups of 1, 1, 1; GPT-2: one group of H, H, H. Views, unless a part has several
+-- heads in each of several groups (Falcon 40B's queries): that one is copied.
+-- @param x wane.Tensor
+-- @param width integer D
+-- @param groups integer
+-- @param ... integer heads of each part in a group
+function Pass:split(x, width, groups, ...)
+  local parts, heads, out, from = { ... }, 0, {}, 0
+  for _, n in ipairs(parts) do heads = heads + n end
+  local whole = groups == 1 and F.view(x, self.batch, self.time, heads, width) or F.view(x, self.batch, self.time, groups, heads * width)
+  for i, n in ipairs(parts) do
+    if groups == 1 then
+      out[i] = F.narrow(whole, 2, from, n)
+    else
+      out[i] = F.narrow(whole, 3, from * width, n * width)
+      if n > 1 then out[i] = F.view(F.cast(out[i], self.dtype), self.batch, self.time, groups * n, width) end
+    end
+    from = from + n
+  end
   return unpack(out)
+end
+
+--- Positions of this pass's rows plus an offset, as ids for a table of learned positions: i32 [B, T], or [1, T] where all rows agree.
+-- @param offset integer|nil
+function Pass:position_ids(offset)
+  offset = offset or 0
+  if not self.positions then return F.arange(self.start + offset, self.time, C.WANE_I32) end
+  return offset == 0 and self.positions or F.binary_scalar(self.positions, offset, C.WANE_ADD)
 end
 
 --- q and k turned to their positions.

@@ -1,0 +1,3 @@
+-- BLOOM against transformers; what is compared is in spec/support/golden.lua.
+local golden = require "spec.support.golden"
+golden.check("bloom", { layer = "transformer.h.%d" })

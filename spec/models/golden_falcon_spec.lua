@@ -1,0 +1,3 @@
+-- Falcon against transformers; what is compared is in spec/support/golden.lua.
+local golden = require "spec.support.golden"
+golden.check("falcon", { layer = "transformer.h.%d" })
