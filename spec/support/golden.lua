@@ -82,6 +82,33 @@ function M.schemes(name, forward)
   end
 end
 
+-- Largest difference of the logits of left-padded rows, where the mask is not 0.
+local function padded_difference(model, expected)
+  local mask = lists(expected.padded_attention_mask)
+  local logits = model:forward(lists(expected.padded_input_ids), { attention_mask = mask })
+  local vocab, time = expected.padded_logits.shape[3], expected.padded_logits.shape[2]
+  return difference(F.read(logits, "float"), expected.padded_logits, function(i)
+    local position = math.floor(i / vocab)
+    return mask[math.floor(position / time) + 1][position % time + 1] ~= 0
+  end)
+end
+
+--- The tests of a model that sets a family's switches another way (spec/fixtures/models/variants/NAME): logits alone.
+-- @param name string
+function M.variant(name)
+  setfenv(1, getfenv(2))
+  it(name .. ": logits equal transformers', left-padded too", function()
+    local folder = root .. "variants/" .. name
+    local expected = safetensors.read(folder .. "/expected.safetensors")
+    local model = assert(wane.load(folder, { tokenizer = false, compute = "f32" }))
+    local plain = difference(F.read(model:forward(lists(expected.input_ids)), "float"), expected.logits)
+    local padded = padded_difference(model, expected)
+    print(("  %s: logits, largest difference %.2g, padded %.2g"):format(name, plain, padded))
+    assert.is_true(plain <= TOLERANCE and padded <= TOLERANCE)
+    model:close()
+  end)
+end
+
 --- The tests of one model.
 -- @param name string folder of spec/fixtures/models
 -- @param where table paths of the modules whose results are the fixtures' hidden states: { layer (with %d), embed = nil | path (default:
@@ -124,13 +151,7 @@ function M.check(name, where)
     end)
 
     it("logits of left-padded rows equal transformers'", function()
-      local mask = lists(expected.padded_attention_mask)
-      local logits = model:forward(lists(expected.padded_input_ids), { attention_mask = mask })
-      local vocab, time = expected.padded_logits.shape[3], expected.padded_logits.shape[2]
-      local d = difference(F.read(logits, "float"), expected.padded_logits, function(i)
-        local position = math.floor(i / vocab)
-        return mask[math.floor(position / time) + 1][position % time + 1] ~= 0
-      end)
+      local d = padded_difference(model, expected)
       print(("  %s: padded logits, largest difference %.2g"):format(name, d))
       assert.is_true(d <= TOLERANCE)
     end)
