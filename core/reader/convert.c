@@ -31,8 +31,8 @@ static int check_arrange(const wane_conversion *c, const char *name) {
   if (c->arrange < 0 || c->arrange > WANE_ARRANGE_TRANSPOSE) return wane_fail(WANE_E_ARG, "tensor '%s': arrangement %d does not exist", name, c->arrange);
   if (c->arrange == WANE_ARRANGE_TRANSPOSE) {
     if (c->to.ndim == 2 && wane_is_float(c->source)) return WANE_OK;
-    return wane_fail(WANE_E_SHAPE, "tensor '%s' cannot be transposed while it is loaded: a float matrix was expected, found %d dimension(s) of %s", name,
-                     c->to.ndim, wane_dtype_name(c->source));
+    return wane_fail(WANE_E_SHAPE, "tensor '%s' cannot be transposed while it is loaded: a float matrix was expected, found %d dimension(s) of %s",
+                     name, c->to.ndim, wane_dtype_name(c->source));
   }
   if (c->heads < 1 || c->to.ndim < 1 || c->to.ndim > 2 || c->to.shape[0] % (c->heads * parts))
     return wane_fail(WANE_E_SHAPE, "tensor '%s': %lld rows cannot be %d heads of %s", name, (long long)(c->to.ndim ? c->to.shape[0] : 0), c->heads,

@@ -63,8 +63,10 @@ function M.build(config)
       return nil, ("config: '%s' is missing or no number (family %s)"):format(key, family.name), "WANE_E_FORMAT"
     end
   end
-  if family.defaults then family.defaults(c) end
-  local ok, tree = pcall(family.build, c)
+  local ok, tree = pcall(function()
+    if family.defaults then family.defaults(c) end
+    return family.build(c)
+  end)
   if not ok then return nil, ("config: the %s model could not be built from it: %s"):format(family.name, tree), "WANE_E_FORMAT" end
   tree.config, tree.family = c, family
   return tree
