@@ -109,9 +109,23 @@ function M.start(model, prompts, opts)
   local data = ffi.new("int32_t[?]", batch * time)
   for b = 1, batch do for t = 1, time do data[(b - 1) * time + t - 1] = lists[b][t] end end
   F.outside_scopes(function()
-    local prompt = F.upload(data, C.WANE_I32, batch * time * 4, batch, time)
-    F.copy(F.narrow(self.ids, 1, 0, time), prompt)
-    prompt:close()
+    local function prompt_into(ids)
+      local prompt = F.upload(data, C.WANE_I32, batch * time * 4, batch, time)
+      F.copy(F.narrow(ids, 1, 0, time), prompt)
+      prompt:close()
+    end
+    prompt_into(self.ids)
+    self.penalised = self.ids
+    if mask and o.repetition_penalty ~= 1 then
+      -- The penalty passes over padding on the left. It takes an id once, so a pad that repeats the row's first id is as good as none.
+      for b = 1, batch do
+        local pads = 0
+        while pads < time - 1 and mask[b][pads + 1] == 0 do pads = pads + 1 end
+        for t = 0, pads - 1 do data[(b - 1) * time + t] = lists[b][pads + 1] end
+      end
+      self.penalised = F.persistent(C.WANE_I32, batch, capacity)
+      prompt_into(self.penalised)
+    end
     if mask then
       self.positions, self.key_mask = Model.mask_tensors(mask, batch, time, capacity)
       -- A generated token of row b stands `pads` places before its absolute time.
@@ -156,7 +170,7 @@ end
 --- Enqueues the processors and the choice of the id at position `at`. Returns ids [B] (i64 greedy, i32 sampled).
 function Run:choose(logits, at)
   local o, s = self.o, stream()
-  if o.repetition_penalty ~= 1 then check(C.wane_repetition_penalty(s, logits.h, self.ids.h, at, o.repetition_penalty)) end
+  if o.repetition_penalty ~= 1 then check(C.wane_repetition_penalty(s, logits.h, self.penalised.h, at, o.repetition_penalty)) end
   if o.no_repeat_ngram_size > 0 then check(C.wane_no_repeat_ngram(s, logits.h, self.ids.h, at, o.no_repeat_ngram_size)) end
   if self.eos_tensor and at < o.min_length then check(C.wane_logits_set(s, logits.h, self.eos_tensor.h, -math.huge)) end
   if not o.do_sample then return F.argmax(logits, 1) end
@@ -213,6 +227,7 @@ end
 function Run:place(logits, at)
   local picked = self:hold_finished(self:choose(logits, at))
   F.copy(F.narrow(self.ids, 1, at, 1), F.view(picked, self.batch, 1))
+  if self.penalised ~= self.ids then F.copy(F.narrow(self.penalised, 1, at, 1), F.view(picked, self.batch, 1)) end
   return picked
 end
 
@@ -253,7 +268,8 @@ function Run:close()
   for _, p in ipairs(self.pending) do p:close() end
   self.pending = {}
   self.cache:close()
-  for _, name in ipairs { "ids", "source", "positions", "key_mask", "eos_tensor", "pad_tensor", "done" } do
+  if self.penalised == self.ids then self.penalised = nil end
+  for _, name in ipairs { "ids", "penalised", "source", "positions", "key_mask", "eos_tensor", "pad_tensor", "done" } do
     if self[name] then
       self[name]:close()
       self[name] = nil
