@@ -196,6 +196,7 @@ end
 --- Sets how products are computed: "f32", "bf16", "f16" or "fast"; see wane_linear.
 function Model:set_compute(name)
   local code = module.compute_code(name)
+  for _, m in self:modules() do if m.scale then m.compute = code end end           -- a scaled embedding rounds its scale as products do
   for _, l in ipairs(self:linears()) do
     l[2].compute = code
     -- What upstream keeps in float32 (T5's wo, whose products leave 16 bits) is exact here too, unless it was quantized on request.

@@ -175,15 +175,15 @@ end)
 describe("a family from outside the tree", function()
   it("is registered from a file or a table and loads like the others (docs/adding-a-family.md)", function()
     local text = assert(io.open "docs/adding-a-family.md"):read "*a"
-    local source = text:match "```lua\n(%-%-%- Mistral.-)```"
+    local source = text:match "```lua\n(%-%-%- OLMo 2%..-)```"
     local path = os.tmpname() .. ".lua"
     local f = assert(io.open(path, "w"))
     f:write(source)
     f:close()
     wane.models.register(path)
     os.remove(path)
-    local tree = assert(wane.models.build { architectures = { "MistralForCausalLM" }, hidden_size = 32, num_attention_heads = 4, num_key_value_heads = 2,
-      intermediate_size = 64, num_hidden_layers = 2, vocab_size = 50, sliding_window = 4 })
+    local tree = assert(wane.models.build { architectures = { "Olmo2ForCausalLM" }, hidden_size = 32, num_attention_heads = 4, num_key_value_heads = 2,
+      intermediate_size = 64, num_hidden_layers = 2, vocab_size = 50 })
     for _, m in tree:modules() do
       for _, p in ipairs(m:own_parameters()) do
         local h = core.handle_type()

@@ -9,14 +9,16 @@ local registered = {}
 -- @param model_type string
 -- @param rules table { prefix = "model" (may have several parts: "model.decoder"), head = "lm_head", heads = nil | other spellings of
 --   the head, spellings = nil | of other modules: { path = { other paths } }, buffers = nil | patterns of buffers in its files,
---   transposed = nil | patterns of weights that its files hold [in, out] }; wane.models.register passes its families here
+--   transposed = nil | patterns of weights that its files hold [in, out], nested = nil | { { "model.", "language_model.model." } }: canonical
+--   beginnings and what files say instead }; wane.models.register passes its families here
 function M.register(model_type, rules)
   local canonical = {}                                     -- the path of each of `spellings`
   for path, others in pairs(rules.spellings or {}) do
     for _, other in ipairs(others) do canonical[other] = path end
   end
   registered[model_type] = { prefix = rules.prefix, head = rules.head, heads = rules.heads or {}, spellings = rules.spellings or {},
-                             canonical = canonical, buffers = rules.buffers or {}, transposed = rules.transposed or {} }
+                             canonical = canonical, buffers = rules.buffers or {}, transposed = rules.transposed or {},
+                             nested = rules.nested or {} }
 end
 
 -- The rules of a model_type, or nil. The families tell theirs when they are loaded.
@@ -121,6 +123,9 @@ function M.spellings(model_type, name)
     end
     local path, suffix = name:match "^(.*)(%.[^.]+)$"
     for _, other in ipairs(family.spellings[path] or {}) do list[#list + 1] = other .. suffix end
+    for _, n in ipairs(family.nested) do
+      if name:sub(1, #n[1]) == n[1] then list[#list + 1] = n[2] .. name:sub(#n[1] + 1) end
+    end
   end
   for i = 1, #list do list[#list + 1] = "module." .. list[i] end
   return list
@@ -154,6 +159,9 @@ function M.canonical(model_type, name, missing)
   name = name:gsub("^module%.", "")
   local family = rules_of(model_type)
   if not family then return name end
+  for _, n in ipairs(family.nested) do
+    if name:sub(1, #n[2]) == n[2] then return n[1] .. name:sub(#n[2] + 1) end
+  end
   local first, rest = name:match "^([^.]+)%.(.*)$"
   if not first or first == family.head then return name end
   local path, suffix = name:match "^(.*)(%.[^.]+)$"

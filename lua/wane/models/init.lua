@@ -19,8 +19,10 @@ function M.register(family)
   for _, key in ipairs { "name", "architectures", "embedding", "head", "build" } do
     if type(family) ~= "table" or family[key] == nil then core.raise("models.register: the family needs a field '%s' (docs/adding-a-family.md)", key) end
   end
-  families[family.name] = family
-  require("wane.checkpoint.names").register(family.name, family)      -- so that files may spell its tensors without prefix
+  for _, name in ipairs { family.name, unpack(family.model_types or {}) } do
+    families[name] = family
+    require("wane.checkpoint.names").register(name, family)           -- so that files may spell its tensors without prefix
+  end
   for _, architecture in ipairs(family.architectures) do by_architecture[architecture] = family end
   return family
 end
@@ -53,11 +55,13 @@ end
 function M.build(config)
   local family, message, code = M.find(config)
   if not family then return nil, message, code end
-  local c = {}
-  for k, v in pairs(config) do if v ~= require("cjson").null then c[k] = v end end
+  local c, null = {}, require("cjson").null
+  for k, v in pairs(config) do if v ~= null then c[k] = v end end
+  for k, v in pairs(type(c.text_config) == "table" and c.text_config or {}) do if v ~= null then c[k] = v end end
   for theirs, ours in pairs(family.aliases or {}) do                   -- GPT-2's n_embd is hidden_size …
     if c[theirs] ~= nil then c[ours] = c[theirs] end
   end
+  for k, v in pairs(family.sizes or {}) do if c[k] == nil then c[k] = v end end
   for _, key in ipairs { "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads" } do
     if family.required ~= false and type(c[key]) ~= "number" then
       return nil, ("config: '%s' is missing or no number (family %s)"):format(key, family.name), "WANE_E_FORMAT"
@@ -75,6 +79,7 @@ end
 for _, name in ipairs {
   "llama", "gpt_neox", "t5",
   "bloom", "gptj", "opt", "gpt2", "gpt_neo", "falcon", "phi",
+  "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
 } do M.register(require("wane.models." .. name)) end
 
 return M

@@ -126,6 +126,11 @@ function F.glu(gate, up, act)
   return wrap(y)
 end
 
+--- cap * tanh(x / cap): Gemma 2's soft cap of logits.
+function F.softcap(x, cap)
+  return F.binary_scalar(F.unary(F.binary_scalar(x, 1 / cap, C.WANE_MUL), C.WANE_TANH), cap, C.WANE_MUL)
+end
+
 --- A unary op by its code: C.WANE_NEG …
 function F.unary(x, op)
   local y = handle()

@@ -17,5 +17,6 @@ return {
   rotary = require("wane.nn.rotary").new,
   RelativeBias = require("wane.nn.relative").new,
   alibi = require("wane.nn.alibi").new,
+  decoder = require "wane.nn.decoder",
   functional = require "wane.nn.functional",
 }

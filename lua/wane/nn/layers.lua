@@ -13,10 +13,27 @@ M.Embedding = Embedding
 
 --- @param count integer rows
 -- @param width integer
-function Embedding.new(count, width)
-  return module.instance(Embedding, { count = count, width = width, params = { { name = "weight", shape = { count, width } } } })
+-- @param scale number|nil multiplies the result (Gemma: the square root of the width)
+function Embedding.new(count, width, scale)
+  return module.instance(Embedding, { count = count, width = width, scale = scale, params = { { name = "weight", shape = { count, width } } } })
 end
-function Embedding:forward(ids, pass) return F.embedding(self.weight, ids, pass and pass.dtype or core.C.WANE_F32) end
+
+-- Bits of a significand behind its first one.
+local fraction_bits = { bf16 = 7, f16 = 10 }
+
+-- Upstream casts the scale to the weight's dtype: where products are computed in 16 bits, so is this one.
+local function scale_of(self)
+  local bits = fraction_bits[self.weight:dtype()]
+  if not bits or (self.compute or core.C.WANE_COMPUTE_F32) == core.C.WANE_COMPUTE_F32 then return self.scale end
+  local _, exponent = math.frexp(self.scale)
+  local step = 2 ^ (exponent - 1 - bits)
+  return math.floor(self.scale / step + 0.5) * step
+end
+
+function Embedding:forward(ids, pass)
+  local x = F.embedding(self.weight, ids, pass and pass.dtype or core.C.WANE_F32)
+  return self.scale and F.binary_scalar(x, scale_of(self), core.C.WANE_MUL) or x
+end
 function Embedding:describe()
   local w = rawget(self, "weight")
   return ("Embedding(%d, %d%s)"):format(self.count, self.width, w and w:dtype() ~= "f32" and ", " .. w:dtype() or "")

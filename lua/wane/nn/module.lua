@@ -143,9 +143,10 @@ function Module:memory_footprint(convention)
       end
     end
   end
-  local rotary = self.config and self.config.rotary
   if not convention then return bytes end
-  return upstream + (rotary and math.floor(rotary.dim / 2) * 4 * 2 or 0)
+  local config = self.config or {}
+  for _, rotary in pairs { config.rotary, config.local_rotary } do upstream = upstream + math.floor(rotary.dim / 2) * 4 * 2 end
+  return upstream
 end
 
 --- Calls fn(result, module, inputs…) after each forward of the module at `path`; nil removes it. For looking inside.

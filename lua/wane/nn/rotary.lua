@@ -60,7 +60,6 @@ function kinds.longrope(inv, n, p, _, length)
   if p.attention_factor then return p.attention_factor end
   return factor <= 1 and 1 or math.sqrt(1 + math.log(factor) / math.log(original))
 end
-kinds.su = kinds.longrope
 
 -- NTK-aware base, recomputed when the sequence outgrows the trained length.
 function kinds.dynamic(inv, n, p, dim, length)
@@ -71,14 +70,27 @@ function kinds.dynamic(inv, n, p, dim, length)
   return 1
 end
 
+-- Where a config says how layers of this type rotate: nested by layer type (transformers 5), or Gemma 3's older spelling, whose
+-- sliding layers have a base of their own and no scaling; else one place for all layers.
+local function sources(c, layer_type)
+  local nested = layer_type and c.rope_parameters and c.rope_parameters[layer_type]
+  if nested then return { nested } end
+  if layer_type == "sliding_attention" and c.rope_local_base_freq then return { { rope_theta = c.rope_local_base_freq } } end
+  return { c.rope_scaling or {}, c.rope_parameters or {} }
+end
+
 --- Rope parameters of a config, whichever spelling it has.
+-- @param c table
+-- @param layer_type string|nil where they differ by layer: "full_attention", "sliding_attention"
 -- @return table { rope_type, theta, partial, factor, … }
-function M.parameters(c)
+function M.parameters(c, layer_type)
   local p = {}
-  for _, source in ipairs { c.rope_scaling or {}, c.rope_parameters or {} } do
+  for _, source in ipairs(sources(c, layer_type)) do
     if type(source) == "table" then for k, v in pairs(source) do p[k] = v end end
   end
   p.rope_type = p.rope_type or p.type or "default"
+  if p.long_factor then p.rope_type = "longrope" end              -- the first long Phi-3 called it "su" or "yarn"
+  p.original_max_position_embeddings = c.original_max_position_embeddings or p.original_max_position_embeddings
   p.theta = p.rope_theta or c.rope_theta or c.rotary_emb_base or 10000
   p.partial = p.partial_rotary_factor or c.partial_rotary_factor or c.rotary_pct or 1
   p.max_position_embeddings = c.max_position_embeddings or 2048
@@ -105,10 +117,10 @@ Rotary.__index = Rotary
 
 --- The rotary embedding of a config.
 -- @param c table config with head_dim
--- @param options table|nil { interleaved = boolean, dim = rotated dimensions (default head_dim * partial factor) }
+-- @param options table|nil { interleaved = boolean, dim = rotated dimensions (default head_dim * partial factor), layer_type = see parameters }
 function M.new(c, options)
   options = options or {}
-  local p = M.parameters(c)
+  local p = M.parameters(c, options.layer_type)
   return setmetatable({ p = p, dim = options.dim or math.floor(c.head_dim * p.partial), interleaved = options.interleaved or false }, Rotary)
 end
 
@@ -117,7 +129,7 @@ local function table_for(self, length)
   local kind = self.p.rope_type
   local key = 0
   if kind == "dynamic" then key = math.max(length, self.p.max_position_embeddings)
-  elseif kind == "longrope" or kind == "su" then key = length > (self.p.original_max_position_embeddings or self.p.max_position_embeddings) and 1 or 0 end
+  elseif kind == "longrope" then key = length > (self.p.original_max_position_embeddings or self.p.max_position_embeddings) and 1 or 0 end
   if self.key ~= key then
     local inv, scale, n = M.frequencies(self.p, self.dim, length)
     local data = ffi.new("float[?]", n)
