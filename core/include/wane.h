@@ -251,6 +251,18 @@ WANE_API int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, c
 /* Gradient of the input of wane_linear: dx[..., k] = sum_n dy[..., n] W[n, k] with the dequantized weight. */
 WANE_API int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute);
 
+/* ---- mixtures of experts: each row of x times one of several weights. Which one is known on the device only: nothing waits for it. ---- */
+/* Sorts the choices ids [M, k] (i32 or i64, each in [0, experts)) by expert, in the order of rows within one. source i32 [M*k]: sorted row p
+ * is row source[p] of x. place i32 [M, k]: the sorted row of choice (m, j). bounds i32 [experts + 1]: expert e has the sorted rows bounds[e] to
+ * bounds[e + 1] - 1. A choice out of range fails the op. At most 4096 experts. */
+WANE_API int wane_route(wane_stream *s, wane_handle *source, wane_handle *place, wane_handle *bounds, const wane_handle *ids, int64_t experts);
+/* y[p][n] = sum_k x[p][k] W_e[n][k] for the rows p of expert e by `bounds` of wane_route. x [P, K] f32, f16 or bf16; weights: one [N, K] an
+ * expert, contiguous, dtypes may differ; y [P, N] in x's dtype. The work is that of the chosen products, each computed as wane_linear does for
+ * the rows of that expert alone (few rows and many rows, LLM.int8()'s outlier columns). compute, threshold: as for wane_linear. The rows of
+ * bounds must lie within x: pass what wane_route gave for the choices that x was gathered by. */
+WANE_API int wane_linear_experts(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *bounds, const wane_handle *const *weights,
+                                 int64_t experts, int compute, float threshold);
+
 /* ================================================================ 8. General tensor ops (any strides, broadcasting like numpy's) */
 
 /* dtype conversion and/or layout: a contiguous copy of t as `dtype`. f32 -> i8… truncates toward zero, saturating; bool is != 0. */

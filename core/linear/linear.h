@@ -38,7 +38,9 @@ enum {
   WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, W -> y;        chunks over n */
   WANE_OP_LINEAR_BACK_PACK = WANE_OP_LINEAR + 32, /* dy -> workspace of BACK;  chunks over m */
   WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, W -> dx;       chunks over k */
-  WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48       /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
+  WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48,      /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
+  WANE_OP_LINEAR_EXPERTS_PREPARE = WANE_OP_LINEAR + 56, /* PREPARE or PACK of each expert's rows: experts.c */
+  WANE_OP_LINEAR_EXPERTS = WANE_OP_LINEAR + 57    /* ROWS or MANY of each expert's rows */
 };
 
 /* The record of all of them. The weight is wane_qview_load(op) (pointers 4..9, sizes 10 and 11, integers 14 and 15). */
@@ -87,6 +89,8 @@ int64_t wane_linear_work_bytes(int64_t rows, int64_t width);
 /* Generic kernels: any kind, plain loops, sums in f32 in rising k (n for BACK). Slots of a group that no instruction set fills stay
  * with these. */
 void wane_register_generic_linear(wane_backend *b);
+/* The ops of mixtures of experts, at every level: they call the level's own kernels (experts.c). */
+void wane_register_experts(wane_backend *b);
 
 /* ---- each file group's entry, called from core/x86 ---- */
 void wane_linear_register_avx2(wane_backend *b);

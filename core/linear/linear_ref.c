@@ -73,4 +73,5 @@ void wane_register_generic_linear(wane_backend *b) {
     b->ops[WANE_OP_LINEAR_BACK + g] = generic_back;
   }
   wane_int8_register_generic(b);
+  wane_register_experts(b);
 }

@@ -95,6 +95,7 @@ const char *wane_op_name(int code) {
     case WANE_OP_SAMPLE: return "sample";
     case WANE_OP_NLL: return "nll";
     case WANE_OP_PENALTY: return "penalty";
+    case WANE_OP_ROUTE: return "route";
   }
   if (code >= WANE_OP_QUANTIZE_4BIT && code <= WANE_OP_QUANTIZE_NESTED) return "quantize";
   if (code == WANE_OP_DEQUANTIZE) return "dequantize";

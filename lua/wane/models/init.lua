@@ -79,7 +79,7 @@ end
 for _, name in ipairs {
   "llama", "gpt_neox", "t5",
   "bloom", "gptj", "opt", "gpt2", "gpt_neo", "falcon", "phi",
-  "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
+  "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe",
 } do M.register(require("wane.models." .. name)) end
 
 return M

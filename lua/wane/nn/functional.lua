@@ -50,7 +50,47 @@ function F.linear(x, weight, bias, compute, threshold)
   end)
 end
 
---- Product of two matrices.
+--- Choices ids [M, k] sorted by expert; see wane_route. Returns source [M*k], place [M, k], bounds [experts + 1].
+function F.route(ids, experts)
+  local source, place, bounds = handle(), handle(), handle()
+  check(C.wane_route(stream(), source, place, bounds, ids.h, experts))
+  return wrap(source), wrap(place), wrap(bounds)
+end
+
+local weights_type, handles, room = ffi.typeof "const wane_handle *[?]", nil, 0
+--- Row p of x [P, K] times the weight of its expert; see wane_linear_experts.
+-- @param weights wane.Tensor[] one [N, K] an expert
+function F.linear_experts(x, bounds, weights, compute, threshold)
+  local n = #weights
+  if n > room then handles, room = weights_type(n), n end
+  for e = 1, n do handles[e - 1] = weights[e].h end
+  local y = handle()
+  check(C.wane_linear_experts(stream(), y, x.h, bounds.h, handles, n, compute, threshold or -1))
+  return wrap(y)
+end
+
+--- Rows of x [M, C] by index [..] (i32, i64) -> [.., C].
+function F.rows(x, index)
+  local y = handle()
+  check(C.wane_index_select(stream(), y, x.h, 0, index.h))
+  return wrap(y)
+end
+
+--- Softmax over dimension `dim` (from 0).
+function F.softmax(x, dim)
+  local y = handle()
+  check(C.wane_softmax(stream(), y, x.h, dim, 0))
+  return wrap(y)
+end
+
+--- The k largest of each row of x [M, N], in order, and their indices (i64): [M, k] each.
+function F.topk(x, k)
+  local values, indices = handle(), handle()
+  check(C.wane_topk(stream(), values, indices, x.h, k, 1, 1))
+  return wrap(values), wrap(indices)
+end
+
+--- Product of two matrices, or of two stacks of them.
 function F.matmul(a, b)
   local y = handle()
   check(C.wane_matmul(stream(), y, a.h, b.h))
@@ -162,6 +202,13 @@ end
 function F.scale(x, factor)
   local out = F.binary_scalar(x, factor, C.WANE_MUL)
   return F.tape and F.tape:push(out, { x }, function(dy) return F.scale(dy, factor) end) or out
+end
+
+--- Sum over dimension `dim` (from 0), which stays with size 1.
+function F.sum(x, dim)
+  local y = handle()
+  check(C.wane_reduce(stream(), y, x.h, C.WANE_SUM, dim, 1))
+  return wrap(y)
 end
 
 --- Mean of all elements, a single value.

@@ -14,6 +14,7 @@ return {
   LayerNorm = layers.LayerNorm.new,
   activation = layers.activation,
   gate = layers.gate,
+  mixture = require("wane.nn.mixture").new,
   rotary = require("wane.nn.rotary").new,
   RelativeBias = require("wane.nn.relative").new,
   alibi = require("wane.nn.alibi").new,
