@@ -2,4 +2,4 @@
 local golden = require "spec.support.golden"
 
 local where = { embed = "model.embed_tokens", layer = "model.layers.%d", final = "model.norm" }
-for _, name in ipairs { "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe" } do golden.check(name, where) end
+for _, name in ipairs { "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe", "phi3_long" } do golden.check(name, where) end

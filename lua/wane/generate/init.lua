@@ -147,23 +147,24 @@ function M.start(model, prompts, opts)
   return self
 end
 
---- Enqueues the model over positions [from, from + count); returns the logits [B, V] of the last one.
-function Run:forward(from, count)
+--- Enqueues the model over positions [from, from + count) of a sequence of length `reach`; returns the logits [B, V] of its last one, nil
+-- from a piece before it.
+function Run:forward(from, count, reach)
   local positions
   if self.positions then
     if from < self.prompt_length then
       positions = F.narrow(self.positions, 1, from, count)
     else
-      local at = ffi.new("int32_t[?]", self.batch)
-      for b = 0, self.batch - 1 do at[b] = math.max(from + self.shift[b], 0) end
-      positions = F.upload(at, C.WANE_I32, self.batch * 4, self.batch, 1)
+      local at = ffi.new("int32_t[?]", self.batch * count)
+      for b = 0, self.batch - 1 do for t = 0, count - 1 do at[b * count + t] = math.max(from + t + self.shift[b], 0) end end
+      positions = F.upload(at, C.WANE_I32, self.batch * count * 4, self.batch, count)
     end
   end
-  local pass = passes.new { batch = self.batch, time = count, start = from, positions = positions, key_mask = self.key_mask, cache = self.cache,
-                            source = self.source, tail_rows = 1 }
+  local pass = passes.new { batch = self.batch, time = count, start = from, reach = reach, positions = positions, key_mask = self.key_mask,
+                            cache = self.cache, source = self.source, tail_rows = 1 }
   local model = self.model
   local hidden = model:backbone(F.narrow(self.ids, 1, from, count), pass)
-  if from + count < self.prompt_length then return nil end
+  if from + count < reach then return nil end
   return F.cast(F.view(model:head(hidden), self.batch, -1), C.WANE_F32)
 end
 
@@ -202,24 +203,18 @@ end
 function Run:enqueue()
   local step = self.enqueued
   local at = self.prompt_length + step
-  local logits
-  if step == 0 then
-    for from = 0, at - 1, PREFILL do
-      local count = math.min(PREFILL, at - from)
-      if from + count < at then core.scope(self.forward, self, from, count) else
-        self.pending[1] = core.scope(function()
-          logits = self:forward(from, count)
-          return self:place(logits, at)
-        end)
-      end
+  local rotary = self.model.config.rotary
+  local whole = step == 0 or rotary and rotary:turns_over(at)
+  local from = whole and 0 or at - 1
+  while from < at do
+    local count = math.min(PREFILL, at - from)
+    if from < self.prompt_length then count = math.min(count, self.prompt_length - from) end
+    if from + count < at then core.scope(self.forward, self, from, count, at) else
+      self.pending[#self.pending + 1] = core.scope(function() return self:place(self:forward(from, count, at), at) end)
     end
-    C.wane_stream_trim(stream(), 4 * 2 ^ 20)           -- a prompt's activations are far larger than a token's
-  else
-    self.pending[#self.pending + 1] = core.scope(function()
-      logits = self:forward(at - 1, 1)
-      return self:place(logits, at)
-    end)
+    from = from + count
   end
+  if whole then C.wane_stream_trim(stream(), 4 * 2 ^ 20) end           -- a prompt's activations are far larger than a token's
   self.enqueued = step + 1
 end
 

@@ -52,6 +52,7 @@ end
 ---@field batch integer
 ---@field time integer rows of this pass
 ---@field start integer absolute time of the first row
+---@field reach integer length of the sequence that this pass is a part of; default: up to its last row
 ---@field positions wane.Tensor|nil i32 [batch, time]; nil: start + t
 ---@field key_mask wane.Tensor|nil u8 [batch, >= start + time]; 0 hides a key
 ---@field tail_rows integer|nil only this many last rows are wanted from the head
@@ -60,9 +61,10 @@ end
 local Pass = {}
 Pass.__index = Pass
 
---- @param fields table batch, time, start, positions, key_mask, cache, dtype, source
+--- @param fields table batch, time, start, reach, positions, key_mask, cache, dtype, source
 function M.new(fields)
   fields.start = fields.start or 0
+  fields.reach = fields.reach or fields.start + fields.time
   fields.dtype = fields.dtype or C.WANE_F32
   fields.attentions = 0
   return setmetatable(fields, Pass)

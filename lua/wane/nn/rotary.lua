@@ -140,9 +140,16 @@ local function table_for(self, length)
   return self.inv_freq, self.scale
 end
 
+--- Does a sequence that reaches this length turn by other frequencies than before, so that the keys in a cache are worth nothing? Upstream
+-- computes the cache anew there for longrope (modeling_phi3.py prepare_inputs_for_generation), and does not for dynamic.
+-- @param length integer
+function Rotary:turns_over(length)
+  return self.p.rope_type == "longrope" and length == (self.p.original_max_position_embeddings or self.p.max_position_embeddings) + 1
+end
+
 --- Rotates x [B, T, H, D] at the pass's positions.
 function Rotary:rotate(x, pass)
-  local inv_freq, scale = table_for(self, pass.start + pass.time)
+  local inv_freq, scale = table_for(self, pass.reach)
   return F.rope(x, inv_freq, pass.positions, pass.start, scale, self.interleaved)
 end
 
