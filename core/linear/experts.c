@@ -8,7 +8,7 @@
 #include "int8.h"
 #include "../tensor/tensor.h"
 
-enum { EXPERTS_MAX = 4096, CHUNKS_WANTED = 256 };
+enum { EXPERTS_MAX = 4096, CHUNKS_WANTED = 64 };
 
 /* ---------------------------------------------------------------- sorting */
 

@@ -228,7 +228,8 @@ function M.check(name, where)
           local worst = 0
           for from = 0, time - 1, piece do
             local n = math.min(piece, time - from)
-            local logits = model:head(model:backbone(F.narrow(tensor, 1, from, n), passes.new { batch = 1, time = n, start = from, reach = time, cache = cache }))
+            local pass = passes.new { batch = 1, time = n, start = from, reach = time, cache = cache }
+            local logits = model:head(model:backbone(F.narrow(tensor, 1, from, n), pass))
             local values = F.read(logits, "float")
             for i = 0, n * vocab - 1 do worst = math.max(worst, math.abs(values[i] - whole[from * vocab + i])) end
           end

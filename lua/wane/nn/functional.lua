@@ -166,11 +166,6 @@ function F.glu(gate, up, act)
   return wrap(y)
 end
 
---- cap * tanh(x / cap): Gemma 2's soft cap of logits.
-function F.softcap(x, cap)
-  return F.binary_scalar(F.unary(F.binary_scalar(x, 1 / cap, C.WANE_MUL), C.WANE_TANH), cap, C.WANE_MUL)
-end
-
 --- A unary op by its code: C.WANE_NEG …
 function F.unary(x, op)
   local y = handle()
@@ -203,6 +198,9 @@ function F.scale(x, factor)
   local out = F.binary_scalar(x, factor, C.WANE_MUL)
   return F.tape and F.tape:push(out, { x }, function(dy) return F.scale(dy, factor) end) or out
 end
+
+--- cap * tanh(x / cap): Gemma 2's soft cap of logits.
+function F.softcap(x, cap) return F.scale(F.unary(F.scale(x, 1 / cap), C.WANE_TANH), cap) end
 
 --- Sum over dimension `dim` (from 0), which stays with size 1.
 function F.sum(x, dim)

@@ -32,7 +32,7 @@ end
 
 function Embedding:forward(ids, pass)
   local x = F.embedding(self.weight, ids, pass and pass.dtype or core.C.WANE_F32)
-  return self.scale and F.binary_scalar(x, scale_of(self), core.C.WANE_MUL) or x
+  return self.scale and F.scale(x, scale_of(self)) or x
 end
 function Embedding:describe()
   local w = rawget(self, "weight")
