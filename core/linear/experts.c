@@ -8,7 +8,7 @@
 #include "int8.h"
 #include "../tensor/tensor.h"
 
-enum { EXPERTS_MAX = 4096, CHUNKS_WANTED = 64 };
+enum { EXPERTS_MAX = 4096, CHUNKS_WANTED = 128 };            /* of a product, over all units */
 
 /* ---------------------------------------------------------------- sorting */
 
