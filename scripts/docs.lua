@@ -6,7 +6,7 @@ local OUT = "docs/api.md"
 
 -- Chapters and their files in reading order; what no pattern names comes last.
 local chapters = {
-  { "The library", { "init", "load", "model", "generate/init", "evaluate", "convert" } },
+  { "The library", { "init", "load", "model", "generate/init", "evaluate", "plan", "convert" } },
   { "Tensors", { "tensor", "tensor/.*" } },
   { "Layers and models", { "nn/.*", "models/.*" } },
   { "Quantization", { "quant", "quant/.*" } },

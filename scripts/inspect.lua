@@ -1,14 +1,23 @@
---- wane inspect: what a model's files hold, from their headers; with --check, whether its values are finite.
+--- wane inspect: what a model's files hold, from their headers; with --check, whether its values are finite; with --plan, what memory
+-- the model will need, from its config alone.
 local cli = require "wane.cli"
 
 local parser = cli.parser("inspect", "Shows what a model's files hold: family, tensors, dtypes, bytes, quantization.")
-parser:argument("path", "A Hugging Face folder or a .gguf file."):args "?"
+parser:argument("path", "A Hugging Face folder or a .gguf file; for --plan a config.json is enough."):args "?"
 parser:option("--model", "The same as the argument.")
 parser:flag("--check", "Read every value and report NaN and infinity.")
 parser:flag("--tensors", "A line for every tensor instead of one for equal layers.")
-parser:flag("--plan", "Not part of this version yet.")
-parser:option("--quant", "Not part of this version yet: see --plan.")
-parser:option("--max-memory", "Not part of this version yet: see --plan."):count "*"
+parser:flag("--plan", "Parameters and memory of the model under every scheme, or under --quant: to load, to generate, to train adapters.")
+parser:option("--quant", "--plan: this scheme alone."):choices { "none", "nf4", "fp4", "int8", "int8-blockwise" }
+parser:option("--block-size", "--plan: values that share a scale (64; int8-blockwise 4096)."):convert(cli.count)
+parser:flag("--double-quant", "--plan: quantize the scales too.")
+parser:option("--skip", "--plan: module left as it is; may be given several times."):count "*"
+parser:option("--dtype", "--plan: of what is not quantized (default: the config's, else f16)."):choices { "f32", "f16", "bf16" }
+parser:option("--context", "--plan: tokens of a sequence (2048)."):convert(cli.count)
+parser:option("--batch-size", "--plan: sequences at once (1)."):convert(cli.count)
+parser:option("--lora-r", "--plan: rank of the adapters that are trained (8)."):convert(cli.count)
+parser:option("--target-modules", "--plan: Linears that get an adapter, comma-separated (default: PEFT's for the family).")
+parser:option("--max-memory", "--plan: say which schemes fit into this much, such as 16GiB."):convert(cli.size)
 
 -- ---------------------------------------------------------------- gathering
 
@@ -108,6 +117,73 @@ local function check_values(ckpt, rows)
   return problems
 end
 
+-- ---------------------------------------------------------------- --plan
+
+local schemes = { { "none" }, { "int8" }, { "int8-blockwise" }, { "nf4" }, { "nf4", true }, { "fp4" }, { "fp4", true } }
+
+-- The config of a folder (weights need not be there), of a config.json or of a .gguf file.
+local function config_of(path)
+  local json, C = require "wane.checkpoint.json", require("wane.core").C
+  if path:find "%.json$" then return cli.check(json.read(path)) end
+  if C.wane_path_kind(path) == C.WANE_PATH_FOLDER then return cli.check(json.read(path .. "/config.json")) end
+  local ckpt = cli.check(require("wane.checkpoint").open(path))
+  ckpt:close()
+  return ckpt.config
+end
+
+local function plans_of(args, config)
+  local wanted, list = args.quant and { { args.quant, args.double_quant } } or schemes, {}
+  local targets
+  for name in (args.target_modules or ""):gmatch "[^,%s]+" do
+    targets = targets or {}
+    targets[#targets + 1] = name
+  end
+  for _, scheme in ipairs(wanted) do
+    local kind, double = scheme[1], scheme[2]
+    if double and kind ~= "nf4" and kind ~= "fp4" then cli.usage("--double-quant is for nf4 and fp4, not %s", kind) end
+    local plan = cli.check(require("wane.plan").of(config, {
+      quant = kind ~= "none" and { type = kind, block_size = args.block_size, double_quant = double, skip = #args.skip > 0 and args.skip or nil } or nil,
+      dtype = args.dtype, context = args.context, batch = args.batch_size, lora = { r = args.lora_r, target_modules = targets },
+    }))
+    plan.scheme = kind .. (double and ", double" or "")
+    if args.max_memory then
+      plan.fits = { load = plan.load_bytes <= args.max_memory, generate = plan.generate_bytes <= args.max_memory,
+                    train = plan.train_bytes and plan.train_bytes <= args.max_memory }
+    end
+    list[#list + 1] = plan
+  end
+  return list
+end
+
+-- 8650752 as "8,650,752".
+local function commas(n)
+  local text = ("%d"):format(n):reverse():gsub("(%d%d%d)", "%1,"):reverse()
+  return (text:gsub("^,", ""))
+end
+
+local function plan_command(args, path)
+  local config = config_of(path)
+  local plans = plans_of(args, config)
+  if args.json then
+    cli.json { path = path, family = plans[1].family, parameters = plans[1].parameters, plans = plans, max_memory = args.max_memory }
+    return
+  end
+  local first = plans[1]
+  print(("%s: %s, %s parameters"):format(path, first.family, commas(first.parameters)))
+  local function cell(bytes, fits)
+    return bytes and cli.bytes(bytes) .. (fits == true and " fits" or fits == false and " too much" or "") or "?"
+  end
+  local rows = { { "scheme", "weights", "to load", ("to generate (%d x %d tokens)"):format(first.batch, first.context), "to train adapters", "trainable" } }
+  for _, p in ipairs(plans) do
+    local fits = p.fits or {}
+    rows[#rows + 1] = { p.scheme, cli.bytes(p.weights_bytes), cell(p.load_bytes, fits.load), cell(p.generate_bytes, fits.generate),
+                        cell(p.train_bytes, fits.train), p.all and ("%s of %s"):format(commas(p.trainable), commas(p.all)) or "" }
+  end
+  print(cli.columns(rows))
+  if first.target_modules then print(("adapters: LoRA of rank %d on %s, 8-bit moments, a checkpoint a block"):format(args.lora_r or 8,
+    table.concat(first.target_modules, ", "))) end
+end
+
 -- ---------------------------------------------------------------- printing
 
 local function shape_text(shape) return "[" .. table.concat(shape, ", ") .. "]" end
@@ -154,9 +230,12 @@ local function print_list(title, names)
 end
 
 cli.run(parser, function(args)
-  if args.plan or args.quant or #args.max_memory > 0 then cli.later("--plan", "memory of a model from its config alone") end
   local path = args.path or args.model
   if not path then cli.usage "a path is missing: a folder or a .gguf file" end
+  if args.plan then return plan_command(args, path) end
+  for _, name in ipairs { "quant", "block_size", "double_quant", "dtype", "context", "batch_size", "lora_r", "target_modules", "max_memory" } do
+    if args[name] then cli.usage("--%s goes with --plan", (name:gsub("_", "-"))) end
+  end
   local ckpt = cli.check(require("wane.checkpoint").open(path))
   local rows = gather(ckpt)
   local parameters, bytes, by_dtype, invalid = 0, 0, {}, {}
