@@ -143,10 +143,10 @@ function M.of(config, o)
   local tree, message, code = models.build(config)
   if not tree then return nil, message, code end
   local scheme = load.scheme(o.quant)
-  local s, w = sizes(tree.config), nil
+  local s = sizes(tree.config)
   local dtype = stored_dtype(config, o.dtype)
   if not widths[dtype] then core.raise("plan: dtype is f32, f16 or bf16, found '%s'", tostring(dtype)) end
-  w = weights(tree, scheme, dtype)
+  local w = weights(tree, scheme, dtype)
   local context, batch = o.context or math.min(2048, tree.config.max_position_embeddings or 2048), o.batch or 1
   local element = (scheme == nil and dtype == "f32") and 4 or 2
   local plan = { family = tree.family.name, parameters = w.parameters, quantized = w.quantized, dtype = dtype, context = context, batch = batch }
