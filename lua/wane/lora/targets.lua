@@ -7,5 +7,5 @@ return {
   bloom = fused, gpt_neox = fused, falcon = fused,
   gpt2 = { "c_attn" }, t5 = { "q", "v" }, phi = { "q_proj", "v_proj", "fc1", "fc2" }, phi3 = { "qkv_proj" },
   gptj = qv, gpt_neo = qv, opt = qv, llama = qv, mistral = qv, mixtral = qv, qwen2 = qv, qwen3 = qv, qwen3_moe = qv,
-  gemma2 = qv, gemma3 = qv,
+  gemma2 = qv, gemma3 = qv, gemma3_text = qv,
 }
