@@ -54,13 +54,13 @@ describe("wane inspect", function()
     assert.truthy(text:find("not finite: extra has 1 NaN and 2 infinite values", 1, true))
   end)
 
-  it("fails with 1 for what is not there, and with 2 for what is not built yet or makes no sense", function()
+  it("fails with 1 for what is not there, and with 2 for what makes no sense", function()
     local text, status = inspect "/nowhere"
     assert.equal(1, status)
     assert.truthy(text:find("No such file", 1, true))
-    text, status = inspect "--plan spec/fixtures/models/llama"
+    text, status = inspect "--quant nf4 spec/fixtures/models/llama"
     assert.equal(2, status)
-    assert.truthy(text:find("not part of this version yet", 1, true))
+    assert.truthy(text:find("--plan", 1, true))
     assert.equal(2, (select(2, inspect "")))
   end)
 end)

@@ -13,7 +13,8 @@ local function large(name) return read_json("spec/fixtures/plan/" .. name .. ".j
 
 describe("plan", function()
   it("counts GPT-NeoX-20B in NF4 with LoRA as peft prints it", function()
-    local p = assert(wane.plan.of(large "gpt-neox-20b", { quant = { type = "nf4", double_quant = true }, lora = { r = 8, target_modules = { "query_key_value" } } }))
+    local lora = { r = 8, target_modules = { "query_key_value" } }
+    local p = assert(wane.plan.of(large "gpt-neox-20b", { quant = { type = "nf4", double_quant = true }, lora = lora }))
     assert.equal(20554567680, p.parameters)
     assert.equal(8650752, p.trainable)
     assert.equal(10597552128, p.all)
