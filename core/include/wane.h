@@ -484,6 +484,11 @@ enum { WANE_PATH_NONE = 0, WANE_PATH_FILE = 1, WANE_PATH_FOLDER = 2, WANE_PATH_O
 WANE_API int wane_path_kind(const char *path);
 /* Makes a directory and its parents; no error if it is there. */
 WANE_API int wane_path_make(const char *path);
+/* Size in bytes and time of the last change (nanoseconds since 1970) of a file; either may be NULL. */
+WANE_API int wane_path_stat(const char *path, uint64_t *bytes, int64_t *changed);
+/* Names in a directory but for "." and "..", in no order, each ended by a NUL. Returns the bytes that all of them take; they are in
+ * `names` if that is at most `room` (names may be NULL for room 0). */
+WANE_API int64_t wane_path_list(const char *path, char *names, int64_t room);
 
 /* ================================================================ 12. Text (core/text)
  *

@@ -3,6 +3,7 @@
  * A file is opened once, without following it into a pipe's or a device's blocking open, and its size is taken then. Mappings are
  * private and writable: a tensor over a file may be written like any other, and the file never changes. */
 #include "reader.h"
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
@@ -146,4 +147,26 @@ int wane_path_make(const char *path) {
   wane_release(copy);
   if (status == WANE_OK && wane_path_kind(path) != WANE_PATH_FOLDER) status = wane_fail(WANE_E_IO, "'%s' exists and is no directory", path);
   return status;
+}
+
+int wane_path_stat(const char *path, uint64_t *bytes, int64_t *changed) {
+  struct stat st;
+  if (!path || stat(path, &st)) return wane_fail_errno(WANE_E_IO, "cannot look at '%s'", path ? path : "");
+  if (bytes) *bytes = (uint64_t)st.st_size;
+  if (changed) *changed = (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
+  return WANE_OK;
+}
+
+int64_t wane_path_list(const char *path, char *names, int64_t room) {
+  DIR *folder = path ? opendir(path) : NULL;
+  if (!folder) return wane_fail_errno(WANE_E_IO, "cannot list '%s'", path ? path : "");
+  int64_t used = 0;
+  for (struct dirent *e; (e = readdir(folder));) {
+    if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+    int64_t bytes = (int64_t)strlen(e->d_name) + 1;
+    if (used + bytes <= room) memcpy(names + used, e->d_name, (size_t)bytes);
+    used += bytes;
+  }
+  closedir(folder);
+  return used;
 }

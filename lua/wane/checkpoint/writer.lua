@@ -21,46 +21,77 @@ local PIECE = 4 * 1024 * 1024
 local Writer = {}
 Writer.__index = Writer
 
-local function header_of(plan, metadata)
-  local order, offset, fields = {}, 0, {}
+-- Names in the order in which their bytes lie.
+local function order_of(plan)
+  local order = {}
   for name in pairs(plan) do order[#order + 1] = name end
   table.sort(order, function(a, b)
     local x, y = dtypes[plan[a].dtype][1], dtypes[plan[b].dtype][1]
     if x ~= y then return x < y end
     return a < b
   end)
-  if metadata and next(metadata) then
-    local keys = {}
-    for k in pairs(metadata) do keys[#keys + 1] = k end
-    table.sort(keys)
-    for i, k in ipairs(keys) do keys[i] = json.string(k) .. ":" .. json.string(metadata[k]) end
-    fields[1] = '"__metadata__":{' .. table.concat(keys, ",") .. "}"
-  end
-  local places = {}
+  return order
+end
+
+local function metadata_field(metadata)
+  if not metadata or not next(metadata) then return nil end
+  local keys = {}
+  for k in pairs(metadata) do keys[#keys + 1] = k end
+  table.sort(keys)
+  for i, k in ipairs(keys) do keys[i] = json.string(k) .. ":" .. json.string(metadata[k]) end
+  return '"__metadata__":{' .. table.concat(keys, ",") .. "}"
+end
+
+local function bytes_of(dtype, shape)
+  local bytes = dtypes[dtype][3]
+  for _, size in ipairs(shape) do bytes = bytes * size end
+  return bytes
+end
+
+-- The header's JSON for a plan whose shapes are all known (those that are not: at their longest).
+local function header_of(plan, order, metadata)
+  local fields, offset = { metadata_field(metadata) }, 0
   for _, name in ipairs(order) do
-    local p, sizes, bytes = plan[name], {}, dtypes[plan[name].dtype][3]
-    for i, size in ipairs(p.shape) do
-      sizes[i] = ("%d"):format(size)
-      bytes = bytes * size
-    end
+    local p = plan[name]
+    local shape, sizes = p.shape or { p.longest }, {}
+    for i, size in ipairs(shape) do sizes[i] = ("%d"):format(size) end
+    local bytes = bytes_of(p.dtype, shape)
     fields[#fields + 1] = ('%s:{"dtype":"%s","shape":[%s],"data_offsets":[%d,%d]}'):format(
       json.string(name), dtypes[p.dtype][2], table.concat(sizes, ","), offset, offset + bytes)
-    places[name] = { offset = offset, bytes = bytes, dtype = p.dtype, left = true }
     offset = offset + bytes
   end
-  local text = "{" .. table.concat(fields, ",") .. "}"
-  text = text .. (" "):rep(-#text % 8)
-  local length, rest = {}, #text
+  return "{" .. table.concat(fields, ",") .. "}"
+end
+
+-- Gives places to as many tensors as can have one: everything before the first whose length is not known yet.
+local function settle(self)
+  while self.settled < #self.order do
+    local p = self.plan[self.order[self.settled + 1]]
+    if not p.shape then return end
+    self.settled = self.settled + 1
+    local place = self.places[self.order[self.settled]]
+    place.offset, place.bytes = self.at, bytes_of(p.dtype, p.shape)
+    self.at = self.at + place.bytes
+  end
+end
+
+-- The header with its length in front, filled with spaces to `room` bytes of JSON (a multiple of 8).
+local function write_header(self, room)
+  local text = header_of(self.plan, self.order, self.metadata)
+  text = text .. (" "):rep(room - #text)
+  local length, rest = {}, room
   for i = 1, 8 do
     length[i] = string.char(rest % 256)
     rest = math.floor(rest / 256)
   end
-  return table.concat(length) .. text, places
+  text = table.concat(length) .. text
+  return C.wane_writer_write(self.handle, 0, text, #text)
 end
 
 --- Starts a safetensors file.
 -- @param path string
--- @param plan table { name = { dtype = "f32", shape = { … } } }: everything that will be written
+-- @param plan table { name = { dtype = "f32", shape = { … } } }: everything that will be written. A text whose length is not known yet is
+--   { dtype = "u8", longest = bytes }; what lies behind it (see the order above) can only be written once it was.
 -- @param metadata table|nil { string = string }
 -- @return wane.SafetensorsWriter|nil, string|nil message, string|nil code
 function M.open(path, plan, metadata)
@@ -74,14 +105,15 @@ function M.open(path, plan, metadata)
   local box = ffi.new "wane_writer *[1]"
   local status = C.wane_writer_open(box, path)
   if status < 0 then return core.failure(status) end
-  local header, places = header_of(plan, metadata)
-  local self = setmetatable({ path = path, handle = ffi.gc(box[0], C.wane_writer_free), places = places, data = #header }, Writer)
-  status = C.wane_writer_write(self.handle, 0, header, #header)
-  if status < 0 then
-    local _, message, code = core.failure(status)
-    self:close()
-    return nil, message, code
+  local self = setmetatable({ path = path, handle = ffi.gc(box[0], C.wane_writer_free), plan = {}, places = {}, order = order_of(plan), settled = 0,
+                              at = 0, metadata = metadata }, Writer)
+  for name, p in pairs(plan) do
+    self.plan[name] = { dtype = p.dtype, shape = p.shape, longest = p.longest }
+    self.places[name] = { dtype = p.dtype, left = true }
   end
+  local bound = #header_of(self.plan, self.order, metadata)
+  self.data = 8 + bound + -bound % 8
+  settle(self)
   return self
 end
 
@@ -89,6 +121,12 @@ local function place_of(self, name, bytes)
   if not self.handle then core.raise("write: '%s' was finished or given up", self.path) end
   local p = self.places[name]
   if not p or not p.left then core.raise("write: tensor '%s' was not planned, or was written before", tostring(name)) end
+  local planned = self.plan[name]
+  if not planned.shape and bytes <= planned.longest then
+    planned.shape = { bytes }
+    settle(self)
+  end
+  if not p.offset then core.raise("write: tensor '%s' lies behind one whose length is not known yet", name) end
   if p.bytes ~= bytes then core.raise("write: tensor '%s' has %d bytes, %d were planned", name, bytes, p.bytes) end
   return p
 end
@@ -103,47 +141,68 @@ function Writer:bytes(name, text)
   return true
 end
 
---- Writes a tensor (any strides; the planned dtype). Waits for the ops that make it.
--- @return true|nil, string|nil message, string|nil code
-function Writer:tensor(name, t)
-  local s, h, info = core.stream(), t.h, core.info_type()
-  core.check(C.wane_tensor_info(h, info))
-  local copy
-  if info.contiguous == 0 then
-    copy = core.handle_type()
-    core.check(C.wane_cast(s, copy, h, info.dtype))
-    copy = Tensor.wrap(copy)
-    h = copy.h
-    core.check(C.wane_tensor_info(h, info))
-  end
-  local bytes, ticket = tonumber(info.nbytes), info.ticket
-  local p = place_of(self, name, bytes)
-  if p.dtype ~= core.dtype_name(info.dtype) then core.raise("write: tensor '%s' is %s, %s was planned", name, core.dtype_name(info.dtype), p.dtype) end
-  local status = core.wait(ticket)
-  local data = status >= 0 and bytes > 0 and ffi.cast("const char *", C.wane_tensor_data(s, h)) or nil
-  local at = 0
+-- Writes the bytes of a contiguous tensor at a place of the file, once the ops that make them have run. Returns a status and the bytes.
+local function put(self, place, t)
+  local s, info = core.stream(), core.info_type()
+  core.check(C.wane_tensor_info(t.h, info))
+  local bytes, at = tonumber(info.nbytes), 0
+  local status = core.wait(info.ticket)
+  local data = status >= 0 and bytes > 0 and ffi.cast("const char *", C.wane_tensor_data(s, t.h)) or nil
   while status >= 0 and at < bytes do
     local n = math.min(PIECE, bytes - at)
-    status = C.wane_writer_write(self.handle, self.data + p.offset + at, data + at, n)
+    status = C.wane_writer_write(self.handle, self.data + place + at, data + at, n)
     at = at + n
   end
-  local failed, message, code = status < 0, nil, nil
-  if failed then message, code = select(2, core.failure(status)) end
-  if copy then copy:close() end
-  if failed then return nil, message, code end
+  return status, bytes
+end
+
+--- Writes a tensor piece by piece, so that the whole is never in memory.
+-- @param name string
+-- @param next function(at) -> wane.Tensor|nil, string|nil message, string|nil code: a contiguous tensor (closed here) with the bytes
+--   from byte `at` of the planned tensor on
+-- @return true|nil, string|nil message, string|nil code
+function Writer:pieces(name, next)
+  local p = self.places[name]
+  place_of(self, name, p and p.bytes or 0)
+  local at = 0
+  while at < p.bytes do
+    local piece, message, code = next(at)
+    if not piece then return nil, message, code end
+    local status, bytes = put(self, p.offset + at, piece)
+    piece:close()
+    if status < 0 then return core.failure(status) end
+    at = at + bytes
+  end
+  if at > p.bytes then core.raise("write: tensor '%s' has %d bytes, %d were planned", name, at, p.bytes) end
   p.left = nil
   return true
 end
 
---- Flushes the file to the disk and puts it in its place.
+--- Writes a tensor (any strides; the planned dtype). Waits for the ops that make it.
 -- @return true|nil, string|nil message, string|nil code
-function Writer:finish()
-  if not self.handle then core.raise("write: '%s' was finished or given up", self.path) end
-  for name, p in pairs(self.places) do
-    if p.left then core.raise("write: tensor '%s' was planned but not written", name) end
+function Writer:tensor(name, t)
+  local info, whole = core.info_type(), t
+  core.check(C.wane_tensor_info(t.h, info))
+  if info.contiguous == 0 then
+    local h = core.handle_type()
+    core.check(C.wane_cast(core.stream(), h, t.h, info.dtype))
+    whole = Tensor.wrap(h)
+    core.check(C.wane_tensor_info(whole.h, info))
   end
+  local p = place_of(self, name, tonumber(info.nbytes))
+  if p.dtype ~= core.dtype_name(info.dtype) then core.raise("write: tensor '%s' is %s, %s was planned", name, core.dtype_name(info.dtype), p.dtype) end
+  local status, message, code = put(self, p.offset, whole), nil, nil
+  if status < 0 then message, code = select(2, core.failure(status)) end
+  if whole ~= t then whole:close() end
+  if status < 0 then return nil, message, code end
+  p.left = nil
+  return true
+end
+
+-- Flushes the file to the disk and renames it into its place.
+local function commit(self)
   local box = ffi.new "wane_job *[1]"
-  local status = C.wane_writer_finish(ffi.gc(self.handle, nil), box)
+  local status = C.wane_writer_finish(ffi.gc(self.handle, nil), box)      -- the writer is the job's now
   self.handle = nil
   if status < 0 then return core.failure(status) end
   local job = ffi.gc(box[0], C.wane_job_free)
@@ -153,6 +212,20 @@ function Writer:finish()
   C.wane_job_free(ffi.gc(job, nil))
   if status < 0 then return nil, message, code end
   return true
+end
+
+--- Writes the header, flushes the file to the disk and puts it in its place.
+-- @return true|nil, string|nil message, string|nil code
+function Writer:finish()
+  if not self.handle then core.raise("write: '%s' was finished or given up", self.path) end
+  for name, p in pairs(self.places) do
+    if p.left then core.raise("write: tensor '%s' was planned but not written", name) end
+  end
+  local status = write_header(self, self.data - 8)
+  if status >= 0 then return commit(self) end
+  local _, message, code = core.failure(status)
+  self:close()
+  return nil, message, code
 end
 
 --- Gives up: the unfinished file goes, an old one stays.
@@ -189,9 +262,9 @@ function M.write_text(path, text)
   local box = ffi.new "wane_writer *[1]"
   local status = C.wane_writer_open(box, path)
   if status < 0 then return core.failure(status) end
-  local self = setmetatable({ path = path, places = {}, handle = ffi.gc(box[0], C.wane_writer_free) }, Writer)
+  local self = setmetatable({ path = path, handle = ffi.gc(box[0], C.wane_writer_free) }, Writer)
   status = C.wane_writer_write(self.handle, 0, text, #text)
-  if status >= 0 then return self:finish() end
+  if status >= 0 then return commit(self) end
   local _, message, code = core.failure(status)
   self:close()
   return nil, message, code

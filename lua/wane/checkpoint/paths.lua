@@ -1,0 +1,57 @@
+--- Files and folders as the writers need them: sizes, listings, and which path is which place.
+-- @module wane.checkpoint.paths
+local ffi = require "ffi"
+local core = require "wane.core"
+local C = core.C
+
+local M = {}
+
+ffi.cdef "char *realpath(const char *, char *);"
+local path_buffer = ffi.new "char[4096]"                -- PATH_MAX
+
+--- The path without links and dots, or nil where nothing is there.
+-- @param path string
+-- @return string|nil
+function M.real(path)
+  return ffi.C.realpath(path, path_buffer) ~= nil and ffi.string(path_buffer) or nil
+end
+
+--- Is there a file of that name?
+-- @param path string
+-- @return boolean
+function M.is_file(path) return C.wane_path_kind(path) == C.WANE_PATH_FILE end
+
+--- Is there a folder of that name?
+-- @param path string
+-- @return boolean
+function M.is_folder(path) return C.wane_path_kind(path) == C.WANE_PATH_FOLDER end
+
+--- Size and time of the last change of a file.
+-- @param path string
+-- @return number|nil bytes, string message or a text that differs once the file was changed, string|nil code
+function M.stat(path)
+  local bytes, changed = ffi.new "uint64_t[1]", ffi.new "int64_t[1]"
+  local status = C.wane_path_stat(path, bytes, changed)
+  if status < 0 then return core.failure(status) end
+  return tonumber(bytes[0]), (tostring(changed[0]):gsub("LL$", ""))
+end
+
+--- Names in a folder, sorted; an empty list where it cannot be read.
+-- @param path string
+-- @return string[]
+function M.list(path)
+  local names, room = {}, tonumber(C.wane_path_list(path, nil, 0))
+  while room > 0 do
+    local buffer = ffi.new("char[?]", room)
+    local used = tonumber(C.wane_path_list(path, buffer, room))
+    if used <= room then
+      for name in ffi.string(buffer, math.max(used, 0)):gmatch "[^%z]+" do names[#names + 1] = name end
+      break
+    end
+    room = used                                        -- files came in between
+  end
+  table.sort(names)
+  return names
+end
+
+return M
