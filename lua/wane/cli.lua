@@ -360,6 +360,7 @@ function M.model_options(parser)
   parser:flag("--double-quant", "Quantize the scales too.")
   parser:option("--threshold", "LLM.int8(): columns with a larger activation stay 16-bit (6.0)."):convert(M.number)
   parser:option("--skip", "Module left as it is; may be given several times."):count "*"
+  parser:option("--rules", "File of lines PATTERN SCHEME [block_size=N]: the first that matches a layer's path decides, --quant is for the rest.")
   parser:option("--compute", "Precision of products: f32, bf16, f16."):choices { "f32", "bf16", "f16", "fast" }
   parser:option("--threads", "Workers (default: what affinity and cgroups allow)."):convert(M.count)
   parser:option("--device-map", "Not part of this version yet.")
@@ -375,11 +376,13 @@ function M.load_options(args)
   if args.max_memory and #args.max_memory > 0 then M.later("--max-memory", "placement on several devices") end
   if args.lora then M.later("--lora", "adapters") end
   local options = { compute = args.compute }
-  if args.quant and args.quant ~= "none" then
-    if args.double_quant and args.quant ~= "nf4" and args.quant ~= "fp4" then M.usage("--double-quant is for nf4 and fp4, not %s", args.quant) end
-    if args.threshold and args.quant ~= "int8" then M.usage("--threshold is for int8, not %s", args.quant) end
-    options.quant = { type = args.quant, block_size = args.block_size, double_quant = args.double_quant, threshold = args.threshold,
-                      skip = args.skip and #args.skip > 0 and args.skip or nil, compute = args.compute }
+  local rules = args.rules and M.check(require("wane.quant.rules").read(args.rules))
+  if rules or (args.quant and args.quant ~= "none") then
+    local four_bit = args.quant == "nf4" or args.quant == "fp4"
+    if args.double_quant and not four_bit and not rules then M.usage("--double-quant is for nf4 and fp4, not %s", args.quant) end
+    if args.threshold and args.quant ~= "int8" and not rules then M.usage("--threshold is for int8, not %s", args.quant) end
+    options.quant = { type = args.quant or "none", block_size = args.block_size, double_quant = args.double_quant, threshold = args.threshold,
+                      skip = args.skip and #args.skip > 0 and args.skip or nil, compute = args.compute, rules = rules }
   elseif args.block_size or args.double_quant or args.threshold or (args.skip and #args.skip > 0) then
     M.usage "--block-size, --double-quant, --threshold and --skip need --quant"
   end

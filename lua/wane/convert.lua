@@ -3,10 +3,10 @@
 local core = require "wane.core"
 local load = require "wane.load"
 
---- Quantizes every Linear of a model (or any module tree) in place. Without a filter, the scheme's skip list decides (default: the
--- output head and what the family keeps stay); with one, the filter alone.
+--- Quantizes every Linear of a model (or any module tree) in place. Without a filter, the scheme's rules and skip list decide (default:
+-- the output head and what the family keeps stay); with one, the filter alone says which.
 -- @param model wane.Module
--- @param scheme string|table "nf4" or { type, block_size, double_quant, threshold, compute, skip }
+-- @param scheme string|table "nf4" or { type, block_size, double_quant, threshold, compute, skip, rules }
 -- @param filter function|nil filter(path, linear) -> true to quantize
 -- @return integer how many layers were quantized
 return function(model, scheme, filter)
@@ -19,10 +19,11 @@ return function(model, scheme, filter)
   for path, module in model:modules() do
     if module.in_features then
       local wanted
-      if filter then wanted = filter(path, module) else wanted = not load.skipped(path, skip) end
+      if not filter then wanted = load.scheme_at(path, s, skip)
+      elseif filter(path, module) then wanted = load.scheme_at(path, s, {}) end
       if wanted then
         local old = rawget(module, "weight")
-        core.scope(function() module:quantize(s) end)
+        core.scope(function() module:quantize(wanted) end)
         if old and uses[old] == 1 then old:close() end
         count = count + 1
       end

@@ -3,6 +3,7 @@
 local core = require "wane.core"
 local models = require "wane.models"
 local Model = require "wane.model"
+local rules = require "wane.quant.rules"
 
 local M = {}
 
@@ -12,16 +13,19 @@ local types = { nf4 = true, fp4 = true, int8 = true, ["int8-blockwise"] = true, 
 
 --- A scheme as users write it ("nf4" or a table) in full, or nil for none. Raises for what does not exist.
 -- @param quant string|table|nil
--- @return table|nil { type, block_size, double_quant, threshold, compute, skip }
+-- @return table|nil { type ("none" where only rules quantize), block_size, double_quant, threshold, compute, skip, rules }
 function M.scheme(quant)
   if quant == nil or quant == "none" then return nil end
   if type(quant) == "string" then quant = { type = quant } end
-  if type(quant) ~= "table" or not types[quant.type] then
+  local s = {}
+  for k, v in pairs(type(quant) == "table" and quant or {}) do s[k] = v end
+  if s.rules then s.type = s.type or "none" end
+  if not types[s.type] then
     core.raise("quant: expected none, nf4, fp4, int8 or int8-blockwise, found '%s'", tostring(type(quant) == "table" and quant.type or quant))
   end
-  if quant.type == "none" then return nil end
-  local s = {}
-  for k, v in pairs(quant) do s[k] = v end
+  if s.type == "none" and not s.rules then return nil end
+  if s.rules then s.rules = rules.compile(s.rules, s, M.scheme) end
+  if s.type == "none" then return s end
   if s.double_quant and s.type ~= "nf4" and s.type ~= "fp4" then core.raise("double_quant is for nf4 and fp4, not %s", s.type) end
   s.block_size = s.block_size or (s.type == "int8-blockwise" and 4096 or 64)
   if s.type == "int8" then s.threshold = s.threshold or 6.0 end
@@ -45,9 +49,17 @@ end
 
 -- ---------------------------------------------------------------- one request a parameter
 
---- How a Linear's weight is to be held: a scheme, or nil to keep it as it is stored.
-local function weight_scheme(path, module, scheme, skip)
-  if not scheme or not module.in_features or M.skipped(path, skip) then return nil end
+--- How the weight of the Linear at `path` is to be held: what the first rule that matches says, else the scheme unless the path is on
+-- the skip list.
+-- @param path string
+-- @param scheme table|nil of M.scheme
+-- @param skip string[] of M.skip_list
+-- @return table|nil nil: as it is stored
+function M.scheme_at(path, scheme, skip)
+  if not scheme then return nil end
+  local ruled, own = rules.find(scheme.rules, path)
+  if ruled then return own end
+  if scheme.type == "none" or M.skipped(path, skip) then return nil end
   return scheme
 end
 
@@ -71,19 +83,20 @@ local function plan(tree, ckpt, scheme)
           return nil, ("%s: '%s' has shape [%s], the config asks for [%s]"):format(ckpt.path, entry.name, table.concat(entry.shape, ", "),
             table.concat(p.shape, ", ")), "WANE_E_FORMAT"
         end
-        if entry.quant and scheme and module.in_features and not M.skipped(path, skip) and entry.quant.type ~= scheme.type then
+        local wanted = p.name == "weight" and module.in_features and M.scheme_at(path, scheme, skip) or nil
+        if entry.quant and wanted and entry.quant.type ~= wanted.type then
           return nil, ("%s: '%s' is already quantized (%s); load it without quant, or quantize the original checkpoint"):format(
             ckpt.path, entry.name, entry.quant.type), "WANE_E_ARG"
         end
         local request = { entry = entry, module = module, field = p.name, path = path }
         if not entry.quant then
-          request.scheme = p.name == "weight" and weight_scheme(path, module, scheme, skip) or nil
+          request.scheme = wanted
           -- Norms and biases are small and read by every token: they are kept as f32. Matrices stay as they are stored.
           if #p.shape == 1 then request.dtype = "f32" end
         end
         requests[#requests + 1] = request
       elseif path == family.head and p.name == "weight" and config.tie_word_embeddings ~= false then
-        local own = weight_scheme(path, module, scheme, skip)
+        local own = module.in_features and M.scheme_at(path, scheme, skip)
         local table_ = own and ckpt:find(family.embedding .. ".weight")
         if table_ and not table_.quant then             -- the skip list leaves the head out, so it is quantized: the pair is split
           requests[#requests + 1] = { entry = table_, module = module, field = p.name, path = path, scheme = own, split = true }
@@ -102,16 +115,17 @@ local function plan(tree, ckpt, scheme)
   return requests, tied
 end
 
---- Sets a Linear up for the weight that it got.
-local function dress(module, scheme, entry_quant)
-  local quant = scheme or entry_quant
+--- Sets a Linear up for the weight that it got. `origin`, the dtype before quantization, is for whoever saves it.
+local function dress(module, r)
+  local quant = r.scheme or r.entry.quant
   if quant and quant.type == "int8" then module.threshold = quant.threshold or 6.0 end
+  if quant and r.field == "weight" then module.origin = r.entry.quant and r.entry.quant.dtype or r.entry.dtype end
 end
 
 -- ---------------------------------------------------------------- load
 
+local known_scheme = { type = true, block_size = true, double_quant = true, compute = true, skip = true, threshold = true, rules = true }
 local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true }
-local known_scheme = { type = true, block_size = true, double_quant = true, compute = true, skip = true, threshold = true }
 
 --- Raises for a name that is not in `names`: a misspelt option would load another model than was asked for.
 local function check_names(what, given, names)
@@ -143,12 +157,13 @@ local function read(path, scheme, opts, ckpt)
       r.module.stored = r.module.stored or {}
       r.module.stored[r.field] = r.entry.dtype
     end
-    if r.module.in_features then dress(r.module, r.scheme, r.entry.quant) end
+    if r.module.in_features then dress(r.module, r) end
   end
   local family = tree.family
   if tied then tree:find(family.head).weight = tree:find(family.embedding).weight end
   local model = Model.new(tree)
   model.path, model.scheme, model.generation_config, model.warnings = path, scheme or ckpt.quant, ckpt.generation_config or {}, warnings
+  model.source_config, model.config_text = ckpt.config, ckpt.config_text      -- what save() writes, rather than the completed one
   return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
 end
 

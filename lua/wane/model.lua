@@ -220,6 +220,14 @@ function Model:generate(prompts, opts) return require("wane.generate").generate(
 -- @param opts table|nil as generate's
 function Model:stream(tok, prompt, opts) return require("wane.generate").stream(self, tok, prompt, opts) end
 
+--- Writes the model as a folder that transformers, and wane, load: safetensors under the format's names, sharded where large; config,
+-- generation_config and tokenizer beside them. Quantized layers are written in bitsandbytes' layout. The folder appears whole.
+-- @param dir string made if it is not there; the model's own folder is allowed
+-- @param opts table|nil { dtype = "f32" | "f16" | "bf16" of what is not quantized (default: as stored; GGUF blocks become exact f32),
+--   max_shard_bytes = 5e9, progress = function(bytes_done, bytes_total, tensors_done) }
+-- @return table|nil { bytes, tensors, shards, upstream = nil | why transformers cannot load it, tokenizer_error }, string|nil message, string|nil code
+function Model:save(dir, opts) return require("wane.checkpoint.save").save(self, dir, opts) end
+
 --- Frees every parameter now.
 function Model:close()
   for _, m in self:modules() do

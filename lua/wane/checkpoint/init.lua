@@ -49,6 +49,8 @@ local function open_folder(path)
   local config, message, code = json.read(path .. "/config.json")
   if not config then
     if not is_file(path .. "/config.json") then
+      local unfinished = require("wane.checkpoint.staging").complaint(path)
+      if unfinished then return nil, unfinished, "WANE_E_FORMAT" end
       return nil, ("'%s' has no config.json: a model's folder has config.json and model.safetensors; a GGUF model is named by its .gguf file"):format(path),
         "WANE_E_NOTFOUND"
     end
@@ -136,8 +138,8 @@ function Checkpoint:find(name)
   if q then
     e.codes, e.quant, e.shape, e.dtype = e.shape, q, q.shape, q.type
     for _, part in pairs(q.parts) do e.bytes = e.bytes + part.bytes end
-    if self.quant and self.quant.type == q.type then q.threshold, q.compute = self.quant.threshold, self.quant.compute
-    elseif q.type == "int8" then q.threshold = 6.0 end
+    if self.quant then q.compute = self.quant.compute end
+    if q.type == "int8" then q.threshold = self.quant and self.quant.threshold or 6.0 end
   end
   e.invalid = message
   return e
@@ -222,10 +224,10 @@ function M.write_safetensors(path, tensors, metadata)
   return require("wane.checkpoint.writer").write(path, tensors, metadata)
 end
 
---- Writes a quantized copy of a checkpoint as a folder in bitsandbytes' own layout; see wane.checkpoint.folder.
--- @return true|nil, string|nil message, string|nil code
+--- Writes a quantized copy of a checkpoint as a folder in bitsandbytes' own layout; see wane.checkpoint.quantize.
+-- @return table|nil, string|nil message, string|nil code
 function M.write_quantized(dir, opts)
-  return require("wane.checkpoint.folder").write_quantized(dir, opts)
+  return require("wane.checkpoint.quantize").write(dir, opts)
 end
 
 return M

@@ -8,6 +8,9 @@ local json = require "wane.checkpoint.json"
 
 local M = {}
 
+--- quant_method of a folder that mixes what transformers keeps apart (int8 and 4-bit layers in one model): wane alone reads it.
+M.MIXED = "wane"
+
 local long_name = { f32 = "float32", f16 = "float16", bf16 = "bfloat16" }
 local short_name = { float32 = "f32", float16 = "f16", bfloat16 = "bf16", f32 = "f32", f16 = "f16", bf16 = "bf16" }
 
@@ -140,12 +143,13 @@ end
 function M.scheme(config)
   local q = config.quantization_config
   if type(q) ~= "table" then return nil end
-  if q.quant_method and q.quant_method ~= "bitsandbytes" then
+  if q.quant_method and q.quant_method ~= "bitsandbytes" and q.quant_method ~= M.MIXED then
     return nil, ("it is quantized by '%s'; wane reads bitsandbytes' nf4, fp4 and int8"):format(tostring(q.quant_method))
   end
   if q.load_in_4bit or q._load_in_4bit then
     return { type = q.bnb_4bit_quant_type or "fp4", block_size = 64, double_quant = q.bnb_4bit_use_double_quant or false,
-             compute = M.short_name(q.bnb_4bit_compute_dtype) or "f32", skip = q.llm_int8_skip_modules }
+             compute = M.short_name(q.bnb_4bit_compute_dtype) or "f32", skip = q.llm_int8_skip_modules,
+             threshold = q.quant_method == M.MIXED and q.llm_int8_threshold or nil }
   elseif q.load_in_8bit or q._load_in_8bit then
     return { type = "int8", threshold = q.llm_int8_threshold or 6.0, skip = q.llm_int8_skip_modules }
   end

@@ -9,6 +9,7 @@ local C = core.C
 ---@field weight wane.Tensor [out_features, in_features], any dtype
 ---@field bias wane.Tensor|nil [out_features]
 ---@field compute integer|nil WANE_COMPUTE_…; nil: exact f32 for an f32 weight, bf16 otherwise
+---@field origin string|nil dtype of the weight before it was quantized
 ---@field threshold number|nil outlier threshold of LLM.int8() (int8 weights)
 local Linear = module.class "Linear"
 
@@ -50,7 +51,7 @@ end
 function Linear:quantize(scheme)
   if type(scheme) == "string" then scheme = { type = scheme } end
   local old = rawget(self, "weight") or self:reset().weight
-  self.weight = F.outside_scopes(require("wane.quant").quantize, old, scheme)
+  self.weight, self.origin = F.outside_scopes(require("wane.quant").quantize, old, scheme), old:dtype()
   if scheme.type == "int8" then self.threshold = scheme.threshold or 6.0 else self.threshold = nil end
   if scheme.compute then self.compute = module.compute_code(scheme.compute) end
   return self

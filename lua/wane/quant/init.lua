@@ -15,7 +15,7 @@ local C = core.C
 local M = {}
 
 -- Options that belong to layers and loaders travel in the same table; they say nothing about one tensor.
-local known = { type = true, block_size = true, double_quant = true, signed = true, threshold = true, compute = true, skip = true }
+local known = { type = true, block_size = true, double_quant = true, signed = true, threshold = true, compute = true, skip = true, rules = true }
 local default_block = { nf4 = 64, fp4 = 64, ["int8-blockwise"] = 4096, ["int8-blockwise-unsigned"] = 4096, int8 = 0 }
 
 --- Quantizes a float tensor (f32, f16, bf16) of any shape.

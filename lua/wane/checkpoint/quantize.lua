@@ -1,0 +1,243 @@
+--- Quantized copies of checkpoints: a Hugging Face folder in bitsandbytes' own layout, which transformers and wane both load. Tensors go
+-- from the source's files to the copy one by one.
+-- @module wane.checkpoint.quantize
+local ffi = require "ffi"
+local core = require "wane.core"
+local C = core.C
+local folder = require "wane.checkpoint.folder"
+local index = require "wane.checkpoint.index"
+local json = require "wane.checkpoint.json"
+local layout = require "wane.checkpoint.layout"
+local loader = require "wane.loader"
+local names = require "wane.checkpoint.names"
+local paths = require "wane.checkpoint.paths"
+local quantized = require "wane.checkpoint.quantized"
+local Tensor = require "wane.tensor"
+
+local M = {}
+
+-- ---------------------------------------------------------------- what is quantized how
+
+-- Without a caller's choice: the Linear layers of the family's module tree, as rules and skip list say. Returns function(name) -> scheme
+-- or nil, and every Linear's path with its scheme (false: none).
+local function schemes_of(ckpt, scheme)
+  local load = require "wane.load"
+  local tree, message, code = require("wane.models").build(ckpt.config)
+  if not tree then return nil, message, code end
+  local skip, linears = load.skip_list(scheme, tree.family), {}
+  for path, module in tree:modules() do
+    if module.in_features then linears[path] = ckpt:find(path .. ".weight") and load.scheme_at(path, scheme, skip) or false end
+  end
+  return function(name) return linears[name:match "^(.*)%.weight$"] or nil end, linears, skip
+end
+
+--- The skip list that tells transformers which Linears are not quantized: entries of the list in force where they say it, whole paths
+-- where rules made exceptions.
+-- @param linears table { path = scheme | false }
+-- @param skip string[]
+-- @return string[]
+function M.skip_list(linears, skip)
+  local skipped = require("wane.load").skipped
+  local list, rest = {}, {}
+  for _, entry in ipairs(skip) do
+    local exceptions = false
+    for path, scheme in pairs(linears) do exceptions = exceptions or (scheme and skipped(path, { entry })) end
+    if not exceptions then list[#list + 1] = entry end
+  end
+  for path, scheme in pairs(linears) do
+    if not scheme and not skipped(path, list) then rest[#rest + 1] = path end
+  end
+  table.sort(rest)
+  for _, path in ipairs(rest) do list[#list + 1] = path end
+  return list
+end
+
+--- config.json's quantization_config for weights quantized in these ways; nil where transformers has no word for it (int8-blockwise).
+-- @param schemes table[] of all quantized weights
+-- @param base table the scheme asked for: compute, threshold, and what most weights have
+-- @param skip string[]|nil
+-- @param model_type string
+-- @return table|nil, string|nil why transformers cannot load such a folder
+function M.config(schemes, base, skip, model_type)
+  local kinds, four = {}, nil
+  for _, s in ipairs(schemes) do
+    kinds[s.type] = true
+    if s.type == "nf4" or s.type == "fp4" then four = four or s end
+  end
+  local eight = kinds.int8
+  local described = setmetatable({}, { __index = base })
+  if four and base.type ~= "nf4" and base.type ~= "fp4" then described.type, described.double_quant = four.type, four.double_quant or false end
+  if eight and not four then described.type, described.double_quant = "int8", false end
+  local list = names.skip_list(model_type, skip)
+  if kinds["int8-blockwise"] and not four and not eight then return nil, "transformers does not know blockwise 8-bit weights" end
+  local config = quantized.config(described, list)
+  local reason
+  if (four and eight) or kinds["int8-blockwise"] then
+    config.quant_method = quantized.MIXED                -- so that transformers refuses the folder instead of misreading it
+    reason = "it mixes 4-bit, int8 or blockwise layers, and transformers knows one of these a model"
+  end
+  return config, reason
+end
+
+-- ---------------------------------------------------------------- items
+
+-- dtype in which a tensor that is not quantized is written.
+local function plain_dtype(entry, wanted)
+  local dtype = entry.dtype
+  if dtype == "f32" or dtype == "f16" or dtype == "bf16" then return wanted or dtype end
+  if layout.widths[dtype] then return dtype end
+  return wanted or "f32"                               -- GGUF blocks: their exact values
+end
+
+local PIECE = 8 * 1024 * 1024
+
+-- Rows of a stored matrix as tensors of `dtype`, a few at a time, read from the file and not through a mapping: mapped pages would count as
+-- this process's memory. Returns the function that wane.checkpoint.writer's `pieces` takes.
+local function rows_of(item)
+  local e, s = item.entry, core.stream()
+  local cols = e.shape[#e.shape]
+  local rows = 1
+  for i = 1, #e.shape - 1 do rows = rows * e.shape[i] end
+  local row_bytes, out_bytes = e.bytes / rows, cols * layout.widths[item.dtype]
+  local most = math.max(1, math.floor(PIECE / math.max(row_bytes, out_bytes)))
+  local buffer = ffi.new("char[?]", most * row_bytes)
+  local blocks = core.dtype(e.dtype) >= C.WANE_DTYPE_PLAIN
+  return function(at)
+    local first = at / out_bytes
+    local count = math.min(most, rows - first)
+    local status = C.wane_index_read(e.index:live(), e.i, first * row_bytes, buffer, count * row_bytes)
+    if status < 0 then return core.failure(status) end
+    return core.scope(function()
+      local raw, h = core.handle_type(), core.handle_type()
+      local shape, ndim = core.shape(blocks and { count, row_bytes } or { count, cols })
+      core.check(C.wane_tensor_new(s, raw, blocks and C.WANE_U8 or core.dtype(e.dtype), ndim, shape))
+      core.check(C.wane_tensor_upload(s, raw, buffer, count * row_bytes))
+      if not blocks and item.dtype == e.dtype then return Tensor.wrap(raw) end
+      if blocks then
+        local values = core.handle_type()
+        local given = ffi.new("const wane_handle *[?]", C.WANE_PARTS)
+        given[C.WANE_PART_CODES] = raw
+        core.check(C.wane_quantized_new(s, values, core.dtype(e.dtype), 2, core.shape { count, cols }, 0, 0, given))
+        core.check(C.wane_dequantize(s, h, values, core.dtype(item.dtype)))
+      else
+        core.check(C.wane_cast(s, h, raw, core.dtype(item.dtype)))
+      end
+      return Tensor.wrap(h)
+    end)
+  end
+end
+
+-- An item's `load`: its tensor as it is going to be written.
+local function loader_of(ckpt, item, opts)
+  return function()
+    local list, message, code = loader.load(ckpt, { { entry = item.entry, scheme = item.scheme, dtype = not item.scheme and item.dtype or nil } },
+      { io = opts.io, cancelled = opts.cancelled, started = opts.started })
+    if not list then return nil, message, code end
+    return list[1]
+  end
+end
+
+local function item_of(ckpt, name, entry, scheme, opts)
+  local item = { name = name, entry = entry, shape = entry.shape, bytes = entry.bytes, scheme = scheme }
+  if scheme then
+    if #entry.shape ~= 2 then return nil, ("tensor '%s' cannot be quantized: it is no matrix"):format(name), "WANE_E_SHAPE" end
+    item.dtype = opts.dtype or (layout.widths[entry.dtype] and entry.dtype) or "f32"
+    if opts.on_tensor then item.written = function(t) opts.on_tensor(name, t, entry) end end
+  else
+    item.dtype = plain_dtype(entry, #entry.shape > 0 and opts.dtype or nil)
+    local large = entry.bytes > PIECE and #entry.shape > 1 and entry.dtype and not entry.arrange
+    if large then item.pieces = function() return rows_of(item) end end
+  end
+  item.load = loader_of(ckpt, item, opts)
+  return item
+end
+
+local function list_items(ckpt, opts, scheme_for)
+  local items = {}
+  for _, name in ipairs(ckpt:names()) do
+    local entry = ckpt:find(name)
+    if entry.invalid then return nil, ("'%s': %s"):format(ckpt.path, entry.invalid), "WANE_E_FORMAT" end
+    if entry.quant then
+      return nil, ("'%s' is quantized already ('%s' is %s): quantize the original checkpoint"):format(ckpt.path, name, entry.quant.type), "WANE_E_ARG"
+    end
+    local item, message, code = item_of(ckpt, name, entry, scheme_for(name, entry), opts)
+    if not item then return nil, message, code end
+    items[#items + 1] = item
+  end
+  return items
+end
+
+-- What the source is: its files with their sizes and times.
+local function fingerprint(ckpt)
+  local list = {}
+  for i, path in ipairs(ckpt.index:files()) do
+    local bytes, changed = paths.stat(path)
+    list[i] = ("%s %d %s"):format(paths.real(path) or path, bytes or 0, changed)
+  end
+  return json.encode(list)
+end
+
+-- A shard of an earlier run is used: whoever wants to see the tensors sees those.
+local function show_kept(ckpt, path, items)
+  local ix = index.open(path)
+  if not ix then return end
+  for _, item in ipairs(items) do
+    if item.written then
+      local e = ix:find(item.name)
+      local q = quantized.recognise(ix, item.name, e)
+      e.quant, e.shape, e.dtype = q, q.shape, q.type
+      local list = loader.load(ckpt, { { entry = e } }, { io = "read" })
+      if list then
+        item.written(list[1])
+        list[1]:close()
+      end
+    end
+  end
+  ix:close()
+end
+
+--- Writes a quantized copy of a checkpoint. A run that was killed is resumed by the same call (wane.checkpoint.staging).
+-- @param dir string made if it is not there
+-- @param opts table { checkpoint = wane.Checkpoint, scheme = { type, block_size, double_quant, compute, threshold, skip, rules }, select = nil |
+--   function(name, entry) -> boolean (default: the family's Linear layers, as rules and skip list say), skip = string[]|nil (written into
+--   the config), dtype = nil | "f32" | "f16" | "bf16" (of what is not quantized; default: as stored, GGUF blocks as f32),
+--   max_shard_bytes = 5e9, io, progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry) for
+--   each quantized one, cancelled }
+-- @return table|nil { bytes = of the input, tensors, shards, resumed = shards kept of a killed run, upstream = nil | why transformers cannot
+--   load the folder, tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
+function M.write(dir, opts)
+  local ckpt = opts.checkpoint
+  local scheme = require("wane.load").scheme(opts.scheme or core.raise "write_quantized: a scheme is needed")
+  if not scheme then core.raise "write_quantized: a scheme is needed, found none" end
+  local scheme_for, linears
+  local skip = opts.skip or scheme.skip
+  if opts.select then
+    scheme_for = function(name, entry) return opts.select(name, entry) and scheme or nil end
+  else
+    local in_force
+    scheme_for, linears, in_force = schemes_of(ckpt, scheme)
+    if not scheme_for then return nil, linears, in_force end
+    skip = M.skip_list(linears, in_force)
+  end
+  local items, message, code = list_items(ckpt, opts, scheme_for)
+  if not items then return nil, message, code end
+  local target = paths.real(dir)
+  if target and target == paths.real(ckpt.folder or ckpt.path) then
+    return nil, ("'%s' is the model's own folder: writing there would destroy the original; name another"):format(dir), "WANE_E_ARG"
+  end
+  local schemes = {}
+  for _, item in ipairs(items) do schemes[#schemes + 1] = item.scheme end
+  local addition, reason = M.config(schemes, scheme, skip, ckpt.config.model_type)
+  local result
+  result, message, code = folder.write(dir, {
+    what = "wane quantize", source = fingerprint(ckpt), items = items, max_shard_bytes = opts.max_shard_bytes, progress = opts.progress,
+    config = folder.config_text(ckpt.config, ckpt.config_text, opts.dtype, addition),
+    companions = { folder = ckpt.folder, generation_config = ckpt.generation_config, gguf = ckpt.format == "gguf" and ckpt.index or nil },
+    kept = opts.on_tensor and function(path, list) show_kept(ckpt, path, list) end,
+  })
+  if not result then return nil, message, code end
+  result.upstream = reason
+  return result
+end
+
+return M
