@@ -52,31 +52,28 @@ function M.skip_list(linears, skip)
   return list
 end
 
---- config.json's quantization_config for weights quantized in these ways; nil where transformers has no word for it (int8-blockwise).
+--- config.json's quantization_config for weights quantized in these ways.
 -- @param schemes table[] of all quantized weights
 -- @param base table the scheme asked for: compute, threshold, and what most weights have
 -- @param skip string[]|nil
 -- @param model_type string
--- @return table|nil, string|nil why transformers cannot load such a folder
+-- @return table|nil nil for none, string|nil why transformers cannot load such a folder
 function M.config(schemes, base, skip, model_type)
-  local kinds, four = {}, nil
+  local kinds, first = {}, {}
   for _, s in ipairs(schemes) do
-    kinds[s.type] = true
-    if s.type == "nf4" or s.type == "fp4" then four = four or s end
+    local kind = (s.type == "nf4" or s.type == "fp4") and "4-bit" or s.type
+    kinds[kind], first[kind] = true, first[kind] or s
   end
-  local eight = kinds.int8
-  local described = setmetatable({}, { __index = base })
-  if four and base.type ~= "nf4" and base.type ~= "fp4" then described.type, described.double_quant = four.type, four.double_quant or false end
-  if eight and not four then described.type, described.double_quant = "int8", false end
-  local list = names.skip_list(model_type, skip)
-  if kinds["int8-blockwise"] and not four and not eight then return nil, "transformers does not know blockwise 8-bit weights" end
-  local config = quantized.config(described, list)
-  local reason
-  if (four and eight) or kinds["int8-blockwise"] then
-    config.quant_method = quantized.MIXED                -- so that transformers refuses the folder instead of misreading it
-    reason = "it mixes 4-bit, int8 or blockwise layers, and transformers knows one of these a model"
-  end
-  return config, reason
+  if not next(kinds) then return nil end
+  local main = first["4-bit"] or first.int8 or first["int8-blockwise"]
+  local described = { type = main.type, double_quant = main.double_quant, compute = base.compute, threshold = base.threshold }
+  if kinds["4-bit"] and (base.type == "nf4" or base.type == "fp4") then described.type, described.double_quant = base.type, base.double_quant end
+  local list, found = names.skip_list(model_type, skip), {}
+  for kind in pairs(kinds) do found[#found + 1] = kind end
+  table.sort(found)
+  if #found == 1 and not kinds["int8-blockwise"] then return quantized.config(described, list) end
+  return quantized.foreign_config(described, list), ("it holds %s layers, and transformers knows 4-bit or int8, one of them a model"):format(
+    table.concat(found, " and "))
 end
 
 -- ---------------------------------------------------------------- items

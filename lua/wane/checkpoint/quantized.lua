@@ -8,9 +8,6 @@ local json = require "wane.checkpoint.json"
 
 local M = {}
 
---- quant_method of a folder that mixes what transformers keeps apart (int8 and 4-bit layers in one model): wane alone reads it.
-M.MIXED = "wane"
-
 local long_name = { f32 = "float32", f16 = "float16", bf16 = "bfloat16" }
 local short_name = { float32 = "f32", float16 = "f16", bfloat16 = "bf16", f32 = "f32", f16 = "f16", bf16 = "bf16" }
 
@@ -143,13 +140,13 @@ end
 function M.scheme(config)
   local q = config.quantization_config
   if type(q) ~= "table" then return nil end
-  if q.quant_method and q.quant_method ~= "bitsandbytes" and q.quant_method ~= M.MIXED then
+  if q.wane then return { type = q.wane, double_quant = q.double_quant, compute = M.short_name(q.compute), threshold = q.threshold, skip = q.skip } end
+  if q.quant_method and q.quant_method ~= "bitsandbytes" then
     return nil, ("it is quantized by '%s'; wane reads bitsandbytes' nf4, fp4 and int8"):format(tostring(q.quant_method))
   end
   if q.load_in_4bit or q._load_in_4bit then
     return { type = q.bnb_4bit_quant_type or "fp4", block_size = 64, double_quant = q.bnb_4bit_use_double_quant or false,
-             compute = M.short_name(q.bnb_4bit_compute_dtype) or "f32", skip = q.llm_int8_skip_modules,
-             threshold = q.quant_method == M.MIXED and q.llm_int8_threshold or nil }
+             compute = M.short_name(q.bnb_4bit_compute_dtype) or "f32", skip = q.llm_int8_skip_modules }
   elseif q.load_in_8bit or q._load_in_8bit then
     return { type = "int8", threshold = q.llm_int8_threshold or 6.0, skip = q.llm_int8_skip_modules }
   end
@@ -170,6 +167,15 @@ function M.state_text(q, offset)
     text = text .. (', "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": %s'):format(json.number(offset, true))
   end
   return text .. "}"
+end
+
+--- quantization_config of a folder that wane alone reads: without a quant_method transformers refuses it, where it would take the codes for
+-- weights otherwise. Each tensor says itself how it is quantized.
+-- @param scheme table { type = of most layers, double_quant, compute, threshold }
+-- @param skip string[]|nil
+function M.foreign_config(scheme, skip)
+  return { wane = scheme.type, double_quant = scheme.double_quant or false, compute = M.long_name(M.short_name(scheme.compute or "f32")),
+           threshold = setmetatable({ scheme.threshold or 6.0 }, json.float), skip = setmetatable(skip or {}, json.list) }
 end
 
 --- config.json's quantization_config of a scheme.
