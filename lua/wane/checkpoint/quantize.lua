@@ -66,7 +66,7 @@ function M.config(schemes, base, skip, model_type)
   end
   if not next(kinds) then return nil end
   local main = first["4-bit"] or first.int8 or first["int8-blockwise"]
-  local described = { type = main.type, double_quant = main.double_quant, compute = base.compute, threshold = base.threshold }
+  local described = { type = main.type, double_quant = main.double_quant, compute = kinds["4-bit"] and base.compute, threshold = base.threshold }
   if kinds["4-bit"] and (base.type == "nf4" or base.type == "fp4") then described.type, described.double_quant = base.type, base.double_quant end
   local list, found = names.skip_list(model_type, skip), {}
   for kind in pairs(kinds) do found[#found + 1] = kind end
