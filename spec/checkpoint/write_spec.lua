@@ -182,6 +182,13 @@ describe("folders that are written", function()
       assert.equal("nf4", back:find("model.layers.0.self_attn.q_proj").weight:dtype())
     end)
 
+    it("that quantize what transformers never does say so", function()
+      local c = assert(checkpoint.open(models .. "t5"))
+      assert.is_nil(assert(checkpoint.write_quantized(folder, { checkpoint = c, scheme = { type = "nf4" } })).upstream)
+      local result = assert(checkpoint.write_quantized(folder, { checkpoint = c, scheme = { type = "nf4", rules = { { "*.wo", "nf4" } } } }))
+      assert.matches("wo', which transformers never does", result.upstream)
+    end)
+
     it("name exceptions by whole path in the skip list, the rest as the caller does", function()
       local nf4 = { type = "nf4" }
       assert.same({ "lm_head" }, quantize.skip_list({ ["m.0.up"] = nf4, ["m.1.up"] = nf4, lm_head = false }, { "lm_head" }))

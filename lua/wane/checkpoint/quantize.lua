@@ -52,13 +52,24 @@ function M.skip_list(linears, skip)
   return list
 end
 
+-- What transformers never quantizes (T5's wo) it cannot load quantized either.
+local function against_family(linears, config)
+  local family = require("wane.models").find(config)
+  for path, scheme in pairs(linears or {}) do
+    for _, kept in ipairs(family and family.keep or {}) do
+      if scheme and path:match "[^.]+$" == kept then return ("it quantizes '%s', which transformers never does in this family"):format(path) end
+    end
+  end
+end
+
 --- config.json's quantization_config for weights quantized in these ways.
 -- @param schemes table[] of all quantized weights
 -- @param base table the scheme asked for: compute, threshold, and what most weights have
+-- @param config table config.json of the model
 -- @param skip string[]|nil
--- @param model_type string
+-- @param linears table|nil { path = scheme | false }, where it is known
 -- @return table|nil nil for none, string|nil why transformers cannot load such a folder
-function M.config(schemes, base, skip, model_type)
+function M.config(schemes, base, config, skip, linears)
   local kinds, first = {}, {}
   for _, s in ipairs(schemes) do
     local kind = (s.type == "nf4" or s.type == "fp4") and "4-bit" or s.type
@@ -68,10 +79,10 @@ function M.config(schemes, base, skip, model_type)
   local main = first["4-bit"] or first.int8 or first["int8-blockwise"]
   local described = { type = main.type, double_quant = main.double_quant, compute = kinds["4-bit"] and base.compute, threshold = base.threshold }
   if kinds["4-bit"] and (base.type == "nf4" or base.type == "fp4") then described.type, described.double_quant = base.type, base.double_quant end
-  local list, found = names.skip_list(model_type, skip), {}
+  local list, found = names.skip_list(config.model_type, skip), {}
   for kind in pairs(kinds) do found[#found + 1] = kind end
   table.sort(found)
-  if #found == 1 and not kinds["int8-blockwise"] then return quantized.config(described, list) end
+  if #found == 1 and not kinds["int8-blockwise"] then return quantized.config(described, list), against_family(linears, config) end
   return quantized.foreign_config(described, list), ("it holds %s layers, and transformers knows 4-bit or int8, one of them a model"):format(
     table.concat(found, " and "))
 end
@@ -142,6 +153,10 @@ local function item_of(ckpt, name, entry, scheme, opts)
     if opts.on_tensor then item.written = function(t) opts.on_tensor(name, t, entry) end end
   else
     item.dtype = plain_dtype(entry, #entry.shape > 0 and opts.dtype or nil)
+    if entry.arrange == "transpose" then                 -- what stays plain stays as its format has it
+      entry.arrange, item.shape = nil, { entry.shape[2], entry.shape[1] }
+      entry.shape = item.shape
+    end
     local large = entry.bytes > PIECE and #entry.shape > 1 and entry.dtype and not entry.arrange
     if large then item.pieces = function() return rows_of(item) end end
   end
@@ -224,7 +239,7 @@ function M.write(dir, opts)
   end
   local schemes = {}
   for _, item in ipairs(items) do schemes[#schemes + 1] = item.scheme end
-  local addition, reason = M.config(schemes, scheme, skip, ckpt.config.model_type)
+  local addition, reason = M.config(schemes, scheme, ckpt.config, skip, linears)
   local result
   result, message, code = folder.write(dir, {
     what = "wane quantize", source = fingerprint(ckpt), items = items, max_shard_bytes = opts.max_shard_bytes, progress = opts.progress,

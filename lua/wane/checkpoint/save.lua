@@ -102,8 +102,8 @@ local function quantization_of(model, items, linears)
   if #schemes == 0 then return nil end
   local base = { type = schemes[1].type, double_quant = schemes[1].double_quant, compute = model.compute ~= "fast" and model.compute or "bf16" }
   for _, s in ipairs(schemes) do base.threshold = base.threshold or s.threshold end
-  local skip = quantize.skip_list(linears, model.scheme and model.scheme.skip or { model.family.head })
-  return quantize.config(schemes, base, skip, model.config.model_type)
+  local skip = quantize.skip_list(linears, require("wane.load").skip_list(model.scheme or {}, model.family))
+  return quantize.config(schemes, base, model.config, skip, linears)
 end
 
 -- ---------------------------------------------------------------- save
