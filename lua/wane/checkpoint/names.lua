@@ -52,9 +52,6 @@ function M.is_transposed(model_type, name)
   return family ~= nil and any(family.transposed, name)
 end
 
---- Do files of this family hold the weight [in, out]?
-function M.is_transposed() return false end
-
 -- ---------------------------------------------------------------- GGUF
 
 -- Source: llama.cpp gguf-py/gguf/tensor_mapping.py. "%d" stands for the layer.
