@@ -140,6 +140,7 @@ describe("the round trip with transformers and bitsandbytes #upstream", function
       local case = ask(model, s[1] .. " by upstream", folder .. "-upstream", { op = "save", source = model.path, quant = s[3],
         dtype = model.config.dtype or model.config.torch_dtype or "float32" })
       case.ours, case.scheme = folder, s[2]
+      model.own = case                                  -- what upstream itself makes of this family
     end
     local mixed = { type = "nf4", rules = { { "*.wo", "none" }, { "*.0.*", "none" }, { "*.1.*", { type = "fp4", block_size = 128, double_quant = true } } } }
     ask(model, "rules", model.name .. "-rules", { op = "load" }, function(path)
@@ -182,6 +183,12 @@ describe("the round trip with transformers and bitsandbytes #upstream", function
     return answer.results[case.number] or { error = "the Python program did not get to this" }
   end
 
+  -- transformers 5.24 takes Falcon's layers for no Linear: it neither quantizes them nor reads what was.
+  local function unknown_to_upstream(case)
+    local own = answer.results[case.model.own.number]
+    return not case.title:find ", saved$" and own and own.quantized and #own.quantized == 0
+  end
+
   local function check_logits(case)
     local result, folder = result_of(case), root .. "/" .. case.folder
     assert.is_nil(result.error, result.trace or result.error)
@@ -211,9 +218,13 @@ describe("the round trip with transformers and bitsandbytes #upstream", function
         assert.truthy((result_of(case).error or "it was loaded"):find(case.refused, 1, true))
       end)
     elseif case.job.op == "load" then
-      it(case.title .. ": upstream loads wane's folder, logits equal", function() check_logits(case) end)
+      it(case.title .. ": upstream loads wane's folder, logits equal", function()
+        if unknown_to_upstream(case) then return pending "transformers quantizes no layer of this family" end
+        check_logits(case)
+      end)
     else
       it(case.title .. ": wane reads it, logits and bytes equal", function()
+        if unknown_to_upstream(case) then return pending "transformers quantizes no layer of this family" end
         check_logits(case)
         check_bytes(case)
       end)
