@@ -376,6 +376,26 @@ describe("folders that are written", function()
       for key, bytes in pairs(contents(out)) do assert.is_true(whole[key] == bytes, key) end
     end)
 
+    it("while the old model goes are refused, and finished by renaming", function()
+      local out = folder .. "/out"
+      local old, new = assert(checkpoint.open(models .. "llama3")), assert(checkpoint.open(source))
+      assert(checkpoint.write_quantized(out, { checkpoint = old, scheme = { type = "int8" } }))
+      local rename, calls = os.rename, 0
+      os.rename = function(...)                                -- luacheck: ignore 122
+        calls = calls + 1
+        if calls > 2 then return nil, "killed" end
+        return rename(...)
+      end
+      local ok, message = checkpoint.write_quantized(out, { checkpoint = new, scheme = { type = "nf4", double_quant = true }, max_shard_bytes = 500000 })
+      os.rename = rename                                       -- luacheck: ignore 122
+      assert.is_nil(ok)
+      assert.matches("killed", message)
+      assert.matches("unfinished result of wane quantize", (select(2, checkpoint.open(out))))
+      local result = assert(checkpoint.write_quantized(out, { checkpoint = new, scheme = { type = "nf4", double_quant = true }, max_shard_bytes = 500000 }))
+      assert.equal(result.shards, result.resumed)
+      for key, bytes in pairs(contents(out)) do assert.is_true(whole[key] == bytes, key) end
+    end)
+
     it("are written anew by another command, and damaged shards are not taken", function()
       local out = folder .. "/out"
       if not killed(out, function() return shards(out) >= 2 end) then return pending "the machine is too quick" end
