@@ -39,6 +39,7 @@ end
 -- What the user should know about the folder besides its size.
 local function remarks(args, result, report)
   if result.resumed > 0 then cli.note("%d of %d shards were finished by an earlier run and kept", result.resumed, result.shards) end
+  for _, pattern in ipairs(result.unused) do cli.note("the rule '%s' matches no layer (wane inspect lists them)", pattern) end
   if result.upstream then cli.note("transformers cannot load this folder: %s; wane can", result.upstream) end
   if result.tokenizer_error then cli.note("no tokenizer was written: %s", result.tokenizer_error) end
   if report.out_bytes > report.in_bytes and not args.dtype then

@@ -171,6 +171,12 @@ describe("folders that are written", function()
       assert.is_true(q.load_in_4bit)
     end)
 
+    it("that match no layer are told", function()
+      local result = assert(checkpoint.write_quantized(folder, { checkpoint = assert(checkpoint.open(models .. "llama3")),
+        scheme = { type = "nf4", rules = { { "*.down", "int8" }, { "*.up_proj", "fp4" }, { "*.layers.0.mlp.up_proj", "none" } } } }))
+      assert.same({ "*.down" }, result.unused)                 -- the last one matches, though the one before it decides
+    end)
+
     it("that mix int8 and 4-bit make a folder that transformers refuses and wane reads", function()
       local result = assert(checkpoint.write_quantized(folder, { checkpoint = assert(checkpoint.open(models .. "llama3")),
         scheme = { type = "nf4", rules = { { "*.mlp.*", { type = "int8", threshold = 4 } } } } }))
@@ -225,7 +231,7 @@ describe("folders that are written", function()
   -- ---------------------------------------------------------------- errors
 
   it("have the errors that numpy measures: every case of errors.json", function()
-    local expected = cjson.decode(files.read "spec/fixtures/quant/errors.json").layers
+    local expected = cjson.decode(files.read(golden .. "errors.json")).layers
     local ways = { ["nf4"] = { type = "nf4" }, ["nf4-dq"] = { type = "nf4", double_quant = true }, ["fp4"] = { type = "fp4" },
                    ["fp4-dq"] = { type = "fp4", double_quant = true }, ["int8-blockwise-256"] = { type = "int8-blockwise", block_size = 256 },
                    ["int8-blockwise-4096"] = { type = "int8-blockwise", block_size = 4096 }, ["int8-rowwise"] = { type = "int8" } }

@@ -12,6 +12,7 @@ local loader = require "wane.loader"
 local names = require "wane.checkpoint.names"
 local paths = require "wane.checkpoint.paths"
 local quantized = require "wane.checkpoint.quantized"
+local rules = require "wane.quant.rules"
 local Tensor = require "wane.tensor"
 
 local M = {}
@@ -216,7 +217,7 @@ end
 --   max_shard_bytes = 5e9, io, progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry) for
 --   each quantized one, cancelled }
 -- @return table|nil { bytes = of the input, tensors, shards, resumed = shards kept of a killed run, upstream = nil | why transformers cannot
---   load the folder, tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
+--   load the folder, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
 function M.write(dir, opts)
   local ckpt = opts.checkpoint
   local scheme = require("wane.load").scheme(opts.scheme or core.raise "write_quantized: a scheme is needed")
@@ -248,7 +249,7 @@ function M.write(dir, opts)
     kept = opts.on_tensor and function(path, list) show_kept(ckpt, path, list) end,
   })
   if not result then return nil, message, code end
-  result.upstream = reason
+  result.upstream, result.unused = reason, rules.unused(scheme.rules, linears or {})
   return result
 end
 

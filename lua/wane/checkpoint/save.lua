@@ -5,6 +5,7 @@ local core = require "wane.core"
 local C = core.C
 local folder = require "wane.checkpoint.folder"
 local layout = require "wane.checkpoint.layout"
+local names = require "wane.checkpoint.names"
 local paths = require "wane.checkpoint.paths"
 local quantize = require "wane.checkpoint.quantize"
 local Tensor = require "wane.tensor"
@@ -53,22 +54,16 @@ local function item_of(name, t, module, field, transposed, wanted)
   return item
 end
 
--- Do the family's files hold this weight [in, out] (GPT-2's Conv1D)? The family says so by patterns.
-local function is_transposed(family, name)
-  for _, pattern in ipairs(family.transposed or {}) do if name:find(pattern) then return true end end
-  return false
-end
-
 -- Items of all parameters, tied ones under their first name; Linears with their scheme or false.
 local function items_of(model, wanted)
-  local items, linears, seen = {}, {}, {}
+  local items, linears, seen, kind = {}, {}, {}, model.config.model_type
   for path, module in model:modules() do
     for _, p in ipairs(module:own_parameters()) do
       local name, t = (path == "" and "" or path .. ".") .. p.name, p.value
       if not t then core.raise("save: '%s' has no values yet: load the model, or reset() the layer", name) end
       if not seen[t] then
         seen[t] = true
-        items[#items + 1] = item_of(name, t, module, p.name, #p.shape == 2 and is_transposed(model.family, name), wanted)
+        items[#items + 1] = item_of(name, t, module, p.name, #p.shape == 2 and names.is_transposed(kind, name), wanted)
         if module.in_features and p.name == "weight" then linears[path] = items[#items].scheme or false end
       elseif module.in_features and p.name == "weight" then
         linears[path] = false                          -- tied

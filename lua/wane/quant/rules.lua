@@ -92,6 +92,20 @@ function M.find(rules, path)
   return false, nil
 end
 
+--- Patterns that match none of some paths: most likely a mistake in writing.
+-- @param rules table|nil from M.compile
+-- @param paths table { path = anything }
+-- @return string[]
+function M.unused(rules, paths)
+  local list = {}
+  for _, rule in ipairs(rules or {}) do
+    local hit = false
+    for path in pairs(paths) do hit = hit or path:find(rule.pattern) ~= nil end
+    if not hit then list[#list + 1] = rule.glob end
+  end
+  return list
+end
+
 -- ---------------------------------------------------------------- files
 
 local options = { block_size = tonumber, threshold = tonumber, double_quant = function(text)
