@@ -193,6 +193,13 @@ describe("folders that are written", function()
       assert.is_nil(assert(checkpoint.write_quantized(folder, { checkpoint = c, scheme = { type = "nf4" } })).upstream)
       local result = assert(checkpoint.write_quantized(folder, { checkpoint = c, scheme = { type = "nf4", rules = { { "*.wo", "nf4" } } } }))
       assert.matches("wo', which transformers never does", result.upstream)
+      local mixtral = assert(checkpoint.open(models .. "mixtral"))
+      local function of(...)
+        return assert(checkpoint.write_quantized(folder, { checkpoint = mixtral, scheme = { type = "nf4", rules = { ... } } })).upstream
+      end
+      assert.matches("experts or their router", of())
+      assert.matches("experts or their router", of { "*.experts.*", "none" })
+      assert.is_nil(of({ "*.experts.*", "none" }, { "*.gate", "none" }))
     end)
 
     it("name exceptions by whole path in the skip list, the rest as the caller does", function()

@@ -53,10 +53,24 @@ function M.skip_list(linears, skip)
   return list
 end
 
--- What transformers never quantizes (T5's wo) it cannot load quantized either.
+-- Is this an expert of a mixture, or the router beside the experts?
+local function in_mixture(path, linears)
+  if path:find "%.experts%.%d+%." then return true end
+  local router = path:match "^(.*%.)gate$"
+  for other in pairs(router and linears or {}) do
+    if other:sub(1, #router + 8) == router .. "experts." then return true end
+  end
+  return false
+end
+
+-- What transformers never quantizes (T5's wo; since version 5 mixtures, whose experts are one tensor a layer there) it cannot load
+-- quantized either.
 local function against_family(linears, config)
   local family = require("wane.models").find(config)
   for path, scheme in pairs(linears or {}) do
+    if scheme and in_mixture(path, linears) then
+      return "it quantizes experts or their router, as transformers up to version 4 does (the rules '*.experts.* none' and '*.gate none' leave them)"
+    end
     for _, kept in ipairs(family and family.keep or {}) do
       if scheme and path:match "[^.]+$" == kept then return ("it quantizes '%s', which transformers never does in this family"):format(path) end
     end
@@ -217,7 +231,8 @@ end
 --   max_shard_bytes = 5e9, io, progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry) for
 --   each quantized one, cancelled }
 -- @return table|nil { bytes = of the input, tensors, shards, resumed = shards kept of a killed run, upstream = nil | why transformers cannot
---   load the folder, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
+--   load the folder, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written },
+--   string|nil message, string|nil code
 function M.write(dir, opts)
   local ckpt = opts.checkpoint
   local scheme = require("wane.load").scheme(opts.scheme or core.raise "write_quantized: a scheme is needed")
