@@ -5,6 +5,7 @@ local ffi = require "ffi"
 local checkpoint = require "wane.checkpoint"
 local F = require "wane.nn.functional"
 local files = require "support.files"
+local lists = require("spec.support.golden").lists
 local paths = require "wane.checkpoint.paths"
 local safetensors = require "spec.support.safetensors"
 local wane = require "wane"
@@ -32,15 +33,6 @@ local function fixtures()
     end
   end
   return list
-end
-
-local function lists(tensor)
-  local rows, n = {}, tensor.shape[2]
-  for b = 1, tensor.shape[1] do
-    rows[b] = {}
-    for t = 1, n do rows[b][t] = tonumber(tensor.data[(b - 1) * n + t - 1]) end
-  end
-  return rows
 end
 
 -- Logits of a folder in wane, products with the dequantized weights in f32; how many layers were quantized.
