@@ -98,7 +98,7 @@ elseif first:find "^%-" and first ~= "-" then
 end
 
 -- Names that users of later versions know; a file of that name is still run.
-local later = { finetune = "training adapters", pull = "downloads by name" }
+local later = { finetune = "training adapters" }
 
 local command = first:find "^[%w-]+$" and home .. "/scripts/" .. first .. ".lua"
 if command and readable(command) then

@@ -11,7 +11,7 @@ local chapters = {
   { "Layers and models", { "nn/.*", "models/.*" } },
   { "Quantization", { "quant", "quant/.*" } },
   { "Gradients", { "autograd" } },
-  { "Files and text", { "checkpoint", "checkpoint/.*", "loader", "tokenizer", "tokenizer/.*" } },
+  { "Files and text", { "checkpoint", "checkpoint/.*", "hub", "hub/.*", "loader", "tokenizer", "tokenizer/.*" } },
   { "Hosts and plumbing", { "core", "host/.*", "cli", "bench" } },
 }
 

@@ -9,7 +9,7 @@ local core = require "wane.core"
 local M = { core = core, version = require("ffi").string(core.C.wane_version()) }
 
 -- Parts are loaded when first used: wane.quant, wane.nn, wane.models, …
-local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true }
+local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true, hub = true }
 local Tensor = require "wane.tensor"
 M.Tensor = Tensor
 
@@ -30,7 +30,7 @@ end })
 
 M.scope = core.scope
 
---- Loads a model: a Hugging Face folder, a .gguf file, a folder quantized by bitsandbytes or wane.
+--- Loads a model: its name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder, a .gguf file, a folder quantized by bitsandbytes or wane.
 -- @param path string
 -- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false }
 -- @return wane.Model|nil model, wane.Tokenizer|string tok or message, string|nil code

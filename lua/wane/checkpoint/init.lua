@@ -71,15 +71,16 @@ local function open_folder(path)
   return self
 end
 
---- Opens a checkpoint: a Hugging Face folder (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
+--- Opens a checkpoint: a model's name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
 -- Reads headers only; waits as core.wait_job does.
 -- @param path string
 -- @return wane.Checkpoint|nil, string|nil message, string|nil code
 function M.open(path)
   if type(path) ~= "string" then core.raise("checkpoint.open: a path was expected, found a %s", type(path)) end
-  local kind = C.wane_path_kind(path)
   local self, message, code
-  if kind == C.WANE_PATH_FOLDER then
+  path, message, code = require("wane.hub").resolve(path)
+  if not path then return nil, message, code end
+  if C.wane_path_kind(path) == C.WANE_PATH_FOLDER then
     self, message, code = open_folder((path:gsub("(.)/+$", "%1")))
     if not self then return nil, message, code end
   else

@@ -268,7 +268,10 @@ end
 -- @return Tokenizer|nil the tokenizer, or nil, message, code
 function M.load(path, options)
   if type(path) ~= "string" then core.raise("tokenizer.load: a path was expected, found a %s", type(path)) end
-  local tok, message, code = pipeline.protect(load, path, options)
+  local tok, message, code
+  path, message, code = require("wane.hub").resolve(path)
+  if not path then return nil, message, code end
+  tok, message, code = pipeline.protect(load, path, options)
   if tok then return tok end
   if not message:find(path, 1, true) then message = path .. ": " .. message end
   return nil, message, code
