@@ -354,7 +354,8 @@ end
 --- Adds the options that say which model, how quantized and where it runs.
 -- @param parser table
 function M.model_options(parser)
-  parser:option("--model", "A name in the local Hugging Face cache (see wane pull), a Hugging Face folder, a .gguf file, or a folder quantized by bitsandbytes or wane.")
+  parser:option("--model", "A name in the Hugging Face cache (see wane pull), a Hugging Face folder, a .gguf file, or "
+    .. "a folder quantized by bitsandbytes or wane.")
   parser:option("--quant", "Scheme of the linear layers."):choices { "none", "nf4", "fp4", "int8", "int8-blockwise" }
   parser:option("--block-size", "Values that share a scale (64)."):convert(M.count)
   parser:flag("--double-quant", "Quantize the scales too.")

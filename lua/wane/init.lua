@@ -30,7 +30,8 @@ end })
 
 M.scope = core.scope
 
---- Loads a model: its name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder, a .gguf file, a folder quantized by bitsandbytes or wane.
+--- Loads a model: its name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder,
+-- a .gguf file, a folder quantized by bitsandbytes or wane.
 -- @param path string
 -- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false }
 -- @return wane.Model|nil model, wane.Tokenizer|string tok or message, string|nil code

@@ -71,7 +71,8 @@ local function open_folder(path)
   return self
 end
 
---- Opens a checkpoint: a model's name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
+--- Opens a checkpoint: a model's name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder
+-- (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
 -- Reads headers only; waits as core.wait_job does.
 -- @param path string
 -- @return wane.Checkpoint|nil, string|nil message, string|nil code
