@@ -161,6 +161,8 @@ enum {
   WANE_NF4 = 16, WANE_FP4, WANE_INT8, WANE_BLOCK8, WANE_BLOCK8U,
   /* GGUF block kinds: bytes as the file holds them, values of a row contiguous */
   WANE_Q4_0 = 32, WANE_Q4_1, WANE_Q5_0, WANE_Q5_1, WANE_Q8_0, WANE_Q2_K, WANE_Q3_K, WANE_Q4_K, WANE_Q5_K, WANE_Q6_K,
+  WANE_IQ4_NL, WANE_IQ4_XS, WANE_MXFP4, WANE_NVFP4, WANE_TQ1_0, WANE_TQ2_0,
+  WANE_IQ1_S, WANE_IQ1_M, WANE_IQ2_XXS, WANE_IQ2_XS, WANE_IQ2_S, WANE_IQ3_XXS, WANE_IQ3_S,
   WANE_DTYPE_END
 };
 /* "f32", "nf4", "q4_k"; NULL for an unknown number. */

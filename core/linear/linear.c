@@ -11,7 +11,7 @@ int wane_linear_group(int dtype) {
     case WANE_BLOCK8: case WANE_BLOCK8U: return WANE_GROUP_BLOCK8;
     case WANE_Q4_0: case WANE_Q4_1: case WANE_Q5_0: case WANE_Q5_1: case WANE_Q8_0: return WANE_GROUP_GGUF;
     case WANE_Q2_K: case WANE_Q3_K: case WANE_Q4_K: case WANE_Q5_K: case WANE_Q6_K: return WANE_GROUP_GGUF_K;
-    default: return -1;
+    default: return wane_gguf_block(dtype) ? WANE_GROUP_GGUF_TABLE : -1;
   }
 }
 

@@ -25,7 +25,8 @@ enum {
   WANE_GROUP_GGUF,           /* blocks of 32: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 */
   WANE_GROUP_GGUF_K,         /* blocks of 256: Q2_K … Q6_K */
   WANE_GROUP_LLM_INT8,       /* rows of int8 times int8 activations, outlier columns (threshold >= 0) */
-  WANE_GROUPS = 8
+  WANE_GROUP_GGUF_TABLE,     /* GGUF's kinds with tables: IQ1 … IQ4, TQ, MXFP4, NVFP4 */
+  WANE_GROUPS
 };
 /* The group of a weight dtype; -1 if it is no weight. INT8 gives WANE_GROUP_INT8. */
 int wane_linear_group(int dtype);

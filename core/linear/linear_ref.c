@@ -64,7 +64,7 @@ static void generic_back(const wane_op *op, uint32_t chunk) {
 
 void wane_register_generic_linear(wane_backend *b) {
   for (int g = 0; g < WANE_GROUPS; g++) {
-    if (g == WANE_GROUP_LLM_INT8 || g == WANE_GROUPS - 1) continue;
+    if (g == WANE_GROUP_LLM_INT8) continue;
     b->ops[WANE_OP_LINEAR_PREPARE + g] = generic_prepare;
     b->ops[WANE_OP_LINEAR_ROWS + g] = generic_product;
     b->ops[WANE_OP_LINEAR_PACK + g] = generic_prepare;

@@ -15,6 +15,8 @@ typedef struct wane_gguf_parts {
 
 static inline float gguf_half(const uint8_t *p) { return wane_float_at(p, WANE_F16, 0); }
 
+#include "gguf_blocks_iq.h"
+
 /* Two halves of n/2 values: low nibbles first, then high ones. */
 static inline void gguf_nibbles(const uint8_t *in, int n, int8_t *q) {
   for (int j = 0; j < n / 2; j++) q[j] = (int8_t)(in[j] & 15), q[j + n / 2] = (int8_t)(in[j] >> 4);
@@ -116,7 +118,11 @@ static inline void gguf_decode(int dtype, const uint8_t *in, float *out) {
     case WANE_Q4_K:
     case WANE_Q5_K: gguf_split_q45(dtype, in, &parts); break;
     case WANE_Q6_K: gguf_split_q6(in, &parts); run = 16; break;
-    default: gguf_split_small(dtype, in, &parts); n = 32;
+    case WANE_Q4_0: case WANE_Q4_1: case WANE_Q5_0: case WANE_Q5_1: case WANE_Q8_0: gguf_split_small(dtype, in, &parts); n = 32; break;
+    default:
+      gguf_split_table(dtype, in, &parts);
+      n = dtype == WANE_IQ4_NL || dtype == WANE_MXFP4 ? 32 : dtype == WANE_NVFP4 ? 64 : 256;
+      if (dtype == WANE_NVFP4 || dtype == WANE_IQ1_M || dtype == WANE_IQ2_XS || dtype == WANE_IQ2_S) run = 16;
   }
   for (int r = 0; r < n / run; r++)
     for (int j = r * run; j < (r + 1) * run; j++) {

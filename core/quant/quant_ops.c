@@ -50,6 +50,7 @@ WANE_QUANT_KERNELS(generic, &wane_quant_generic)
 
 void wane_register_generic_quant(wane_backend *b) {
   wane_quant_fill_buckets();
+  wane_gguf_fill_grids();
   generic_register(b);
 }
 

@@ -1,4 +1,4 @@
-/* tables.h: what quant_maps.c offers to the quantizers. Internal to core/quant. */
+/* tables.h: what quant_maps.c and quant_gguf.c offer to the quantizers. Internal to core/quant. */
 #ifndef WANE_QUANT_TABLES_H
 #define WANE_QUANT_TABLES_H
 #include <math.h>
@@ -16,6 +16,18 @@ typedef struct wane_buckets { uint32_t entry[2][WANE_BUCKETS]; } wane_buckets;
 /* [0] of the unsigned map, [1] of the signed one; filled by wane_quant_fill_buckets while backends are registered. */
 extern wane_buckets wane_quant_buckets[2];
 void wane_quant_fill_buckets(void);
+
+/* ---- points that GGUF's IQ kinds index ---- */
+
+/* As they are kept (gguf_grids.c): one point a number, 2 bits a coordinate (IQ3: 4 bits), coordinate 0 in the lowest. */
+extern const uint16_t wane_gguf_packed_iq1[2048], wane_gguf_packed_iq2_xxs[256], wane_gguf_packed_iq2_xs[512], wane_gguf_packed_iq2_s[1024];
+extern const uint16_t wane_gguf_packed_iq3_xxs[256], wane_gguf_packed_iq3_s[512];
+/* As they are looked up; filled by wane_gguf_fill_grids while backends are registered. IQ1_S and IQ1_M share one. */
+typedef struct wane_gguf_grids {
+  int8_t iq1[2048][8], iq2_xxs[256][8], iq2_xs[512][8], iq2_s[1024][8], iq3_xxs[256][4], iq3_s[512][4];
+} wane_gguf_grids;
+extern wane_gguf_grids wane_gguf_grid;
+void wane_gguf_fill_grids(void);
 
 /* ---- a block's scale ---- */
 

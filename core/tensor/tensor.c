@@ -13,7 +13,11 @@ static const dtype_row dtypes[WANE_DTYPE_END] = {
   [WANE_BLOCK8] = { "int8-blockwise", 0, 0 }, [WANE_BLOCK8U] = { "int8-blockwise-unsigned", 0, 0 },
   [WANE_Q4_0] = { "q4_0", 32, 18 }, [WANE_Q4_1] = { "q4_1", 32, 20 }, [WANE_Q5_0] = { "q5_0", 32, 22 }, [WANE_Q5_1] = { "q5_1", 32, 24 },
   [WANE_Q8_0] = { "q8_0", 32, 34 }, [WANE_Q2_K] = { "q2_k", 256, 84 }, [WANE_Q3_K] = { "q3_k", 256, 110 }, [WANE_Q4_K] = { "q4_k", 256, 144 },
-  [WANE_Q5_K] = { "q5_k", 256, 176 }, [WANE_Q6_K] = { "q6_k", 256, 210 },
+  [WANE_Q5_K] = { "q5_k", 256, 176 }, [WANE_Q6_K] = { "q6_k", 256, 210 }, [WANE_IQ4_NL] = { "iq4_nl", 32, 18 }, [WANE_IQ4_XS] = { "iq4_xs", 256, 136 },
+  [WANE_MXFP4] = { "mxfp4", 32, 17 }, [WANE_NVFP4] = { "nvfp4", 64, 36 }, [WANE_TQ1_0] = { "tq1_0", 256, 54 }, [WANE_TQ2_0] = { "tq2_0", 256, 66 },
+  [WANE_IQ1_S] = { "iq1_s", 256, 50 }, [WANE_IQ1_M] = { "iq1_m", 256, 56 }, [WANE_IQ2_XXS] = { "iq2_xxs", 256, 66 },
+  [WANE_IQ2_XS] = { "iq2_xs", 256, 74 }, [WANE_IQ2_S] = { "iq2_s", 256, 82 }, [WANE_IQ3_XXS] = { "iq3_xxs", 256, 98 },
+  [WANE_IQ3_S] = { "iq3_s", 256, 110 },
 };
 
 const char *wane_dtype_name(int dtype) { return dtype >= 0 && dtype < WANE_DTYPE_END ? dtypes[dtype].name : NULL; }

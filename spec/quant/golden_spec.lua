@@ -136,7 +136,7 @@ describe("quantizers, golden data [" .. q.levels() .. "]", function()
           count = count + 1
         end
       end
-      assert.equal(10, count)
+      assert.equal(23, count)
     end)
   end)
 end)
