@@ -436,9 +436,10 @@ WANE_API int wane_index_meta(const wane_index *ix, const char *key, wane_meta *o
 WANE_API int wane_index_meta_item(const wane_index *ix, const char *key, int64_t i, wane_meta *out);
 
 /* A tensor over the file's own bytes: a private copy-on-write mapping of the whole file, counted, which outlives the index. dtype,
- * ndim and shape say how the bytes are to be read and must fill the entry exactly. Entries that lie unaligned for their dtype are
- * copied instead. The file must not be truncated while it is mapped (SIGBUS): hosts that cannot rule this out load copies. */
-WANE_API int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, int dtype, int ndim, const int64_t *shape);
+ * ndim and shape say how the bytes are to be read and must fill exactly piece number `piece` (from 0) of `pieces` equal ones: the
+ * entry itself (0, 1), or one of the experts that lie in it. What lies unaligned for its dtype is copied instead. The file must not be
+ * truncated while it is mapped (SIGBUS): hosts that cannot rule this out load copies. */
+WANE_API int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, int piece, int pieces, int dtype, int ndim, const int64_t *shape);
 
 /* A load: tensors read in chunks, converted or quantized on the compute workers while the next chunks are read (libuv's pool does
  * the reading). Holds the results and about 16 MiB of chunks. Results equal quantizing the whole tensor at once, bit for bit. */
@@ -446,7 +447,7 @@ typedef struct wane_load wane_load;
 enum {
   WANE_ARRANGE_NONE = 0,
   WANE_ARRANGE_ROPE = 1,     /* rows of each head go from adjacent pairs back to half-split (GGUF's llama q and k) */
-  WANE_ARRANGE_QKV = 2,      /* rows q | k | v of all heads go back to q, k, v of each head (GGUF's gptneox) */
+  WANE_ARRANGE_QKV = 2,      /* rows q | k | v of all heads go back to groups: some q, a k, a v (GGUF's gptneox, bloom, falcon) */
   WANE_ARRANGE_TRANSPOSE = 3 /* the entry is a float matrix [cols, rows] (GPT-2's Conv1D); shape is the result's [rows, cols] */
 };
 typedef struct wane_load_item {
@@ -458,8 +459,9 @@ typedef struct wane_load_item {
   int32_t arrange;           /* WANE_ARRANGE_… */
   int32_t heads;             /* for ROPE and QKV */
   int32_t ndim;
-  int32_t reserved;
+  int32_t kv_heads;          /* for QKV: groups; heads / kv_heads q of each. 0: as many as heads */
   int64_t shape[8];
+  int32_t piece, pieces;     /* number (from 0) of equal pieces of the entry, one of which shape fills; pieces 0 or 1: the whole */
 } wane_load_item;
 WANE_API int wane_load_new(wane_load **out);
 /* Adds an item (numbered from 0) and checks it. The load keeps the index alive. */

@@ -26,17 +26,21 @@ int wane_conversion_is_copy(const wane_conversion *c) { return c->to.dtype == c-
 /* Values of a head's rows. */
 static int64_t head_values(const wane_conversion *c) { return c->to.shape[0] / c->heads * (c->to.n / c->to.shape[0]); }
 
+/* Heads that QKV's rows are made of: query heads, and a key and a value for each group of them. */
+static int64_t all_heads(const wane_conversion *c) { return (int64_t)c->heads + 2 * (int64_t)c->kv_heads; }
+
 static int check_arrange(const wane_conversion *c, const char *name) {
-  int64_t parts = c->arrange == WANE_ARRANGE_QKV ? 3 : 2;
+  int qkv = c->arrange == WANE_ARRANGE_QKV;
   if (c->arrange < 0 || c->arrange > WANE_ARRANGE_TRANSPOSE) return wane_fail(WANE_E_ARG, "tensor '%s': arrangement %d does not exist", name, c->arrange);
   if (c->arrange == WANE_ARRANGE_TRANSPOSE) {
     if (c->to.ndim == 2 && wane_is_float(c->source)) return WANE_OK;
     return wane_fail(WANE_E_SHAPE, "tensor '%s' cannot be transposed while it is loaded: a float matrix was expected, found %d dimension(s) of %s",
                      name, c->to.ndim, wane_dtype_name(c->source));
   }
-  if (c->heads < 1 || c->to.ndim < 1 || c->to.ndim > 2 || c->to.shape[0] % (c->heads * parts))
+  if (c->heads < 1 || (qkv && (c->kv_heads < 1 || c->heads % c->kv_heads)) || c->to.ndim < 1 || c->to.ndim > 2 ||
+      c->to.shape[0] % (qkv ? all_heads(c) : 2 * (int64_t)c->heads))
     return wane_fail(WANE_E_SHAPE, "tensor '%s': %lld rows cannot be %d heads of %s", name, (long long)(c->to.ndim ? c->to.shape[0] : 0), c->heads,
-                     c->arrange == WANE_ARRANGE_QKV ? "q, k and v" : "pairs");
+                     qkv ? "q, k and v" : "pairs");
   return WANE_OK;
 }
 
@@ -62,22 +66,23 @@ int wane_conversion_plan(wane_conversion *c, const char *name) {
 
 /* ---------------------------------------------------------------- rearranged rows */
 
-/* The file's row that holds row r: GGUF's converter wrote q, k and v of all heads one after another (QKV; the model has them head
- * by head), and turned the two halves of each head into adjacent pairs (ROPE). Source: convert_hf_to_gguf.py. */
+/* The file's row that holds row r: GGUF's converter wrote q, k and v of all heads one after another (QKV; the model has them group by
+ * group: the query heads that share a key and a value, the key, the value), and turned the two halves of each head into adjacent pairs
+ * (ROPE). Source: llama.cpp conversion/gptneox.py, falcon.py, llama.py. */
 static int64_t source_row(const wane_conversion *c, int64_t r) {
-  int64_t per_head = c->to.shape[0] / c->heads, head = r / per_head, within = r % per_head;
   if (c->arrange == WANE_ARRANGE_ROPE) {
-    int64_t half = per_head / 2;
+    int64_t per_head = c->to.shape[0] / c->heads, head = r / per_head, within = r % per_head, half = per_head / 2;
     return head * per_head + within % half * 2 + within / half;
   }
-  int64_t size = per_head / 3;
-  return within / size * (size * c->heads) + head * size + within % size;
+  int64_t size = c->to.shape[0] / all_heads(c), shared = c->heads / c->kv_heads, head = r / size, group = head / (shared + 2), slot = head % (shared + 2);
+  int64_t from = slot < shared ? group * shared + slot : c->heads + (slot - shared) * c->kv_heads + group;
+  return from * size + r % size;
 }
 
 uint64_t wane_conversion_place(const wane_conversion *c, uint64_t at, uint64_t *run) {
   uint64_t bytes = (uint64_t)wane_dtype_bytes(c->source, c->to.n);
   if (c->arrange != WANE_ARRANGE_QKV) { *run = bytes - at; return at; }
-  uint64_t rows = (uint64_t)c->to.shape[0], row_bytes = bytes / rows, size = rows / (uint64_t)c->heads / 3, row = at / row_bytes;
+  uint64_t rows = (uint64_t)c->to.shape[0], row_bytes = bytes / rows, size = rows / (uint64_t)all_heads(c), row = at / row_bytes;
   *run = (size - row % size) * row_bytes - at % row_bytes;
   return (uint64_t)source_row(c, (int64_t)row) * row_bytes + at % row_bytes;
 }

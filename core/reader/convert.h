@@ -7,7 +7,7 @@
 typedef struct wane_conversion {
   wane_layout to;            /* the result's parts */
   int32_t source;            /* dtype of the file's values */
-  int32_t arrange, heads;
+  int32_t arrange, heads, kv_heads;
   int64_t grain;             /* values that are converted together: whole quantization blocks, source blocks and rows */
   int64_t unit;              /* values that are read together: the grain, and whole heads when rows are rearranged */
   char *base;                /* the result's block */

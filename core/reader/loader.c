@@ -100,13 +100,16 @@ int wane_load_add(wane_load *l, wane_index *ix, const wane_load_item *spec) {
   const wane_entry *e = wane_index_at(ix, spec->entry);
   if (!e) return WANE_E_ARG;
   wane_layout from;
-  int status = wane_layout_check(&from, ix, e, spec->source, spec->ndim, spec->shape);
+  int pieces = spec->pieces ? spec->pieces : 1;
+  int status = wane_layout_check(&from, ix, e, spec->piece, pieces, spec->source, spec->ndim, spec->shape);
   if (status == WANE_OK) status = check_target(spec, e, ix->files[e->file].path);
   if (status != WANE_OK) return status;
-  item it = { .name = e->name, .file = &ix->files[e->file], .offset = e->offset, .bytes = e->bytes, .left = from.n };
+  item it = { .name = e->name, .file = &ix->files[e->file], .bytes = e->bytes / (uint64_t)pieces, .left = from.n };
+  it.offset = e->offset + (uint64_t)spec->piece * it.bytes;
   it.c.source = spec->source;
   it.c.arrange = spec->arrange;
   it.c.heads = spec->heads;
+  it.c.kv_heads = spec->kv_heads ? spec->kv_heads : spec->heads;
   int has_blocks = spec->target >= WANE_NF4 && spec->target <= WANE_BLOCK8U && spec->target != WANE_INT8;
   status = wane_layout_of(&it.c.to, spec->target, spec->ndim, spec->shape, has_blocks ? spec->block_size : 0, spec->nested != 0);
   if (status == WANE_OK) status = wane_conversion_plan(&it.c, e->name);

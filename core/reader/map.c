@@ -86,29 +86,31 @@ int wane_tensor_over(wane_stream *s, wane_handle *out, wane_mapping *m, char *ba
 /* Bytes to which values of a dtype must be aligned to be used in place. GGUF blocks hold f16 scales. */
 static size_t alignment_of(int dtype) { return dtype < WANE_DTYPE_PLAIN ? (size_t)wane_size_of(dtype) : 2; }
 
-int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, int dtype, int ndim, const int64_t *shape) {
+int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, int piece, int pieces, int dtype, int ndim, const int64_t *shape) {
   memset(out, 0, sizeof *out);
   int status = wane_enter(s);
   if (status) return status;
   const wane_entry *e = wane_index_at(ix, i);
   if (!e) return WANE_E_ARG;
   wane_layout l;
-  status = wane_layout_check(&l, ix, e, dtype, ndim, shape);
+  status = wane_layout_check(&l, ix, e, piece, pieces, dtype, ndim, shape);
   if (status != WANE_OK) return status;
   wane_file *f = &ix->files[e->file];
-  if ((uintptr_t)e->offset % alignment_of(dtype) == 0) {
+  size_t bytes = l.part_bytes[WANE_PART_CODES];
+  uint64_t offset = e->offset + (uint64_t)piece * bytes;
+  if ((uintptr_t)offset % alignment_of(dtype) == 0) {
     status = wane_file_map(f);
-    return status == WANE_OK ? wane_tensor_over(s, out, f->mapping, (char *)f->mapping->base + e->offset, &l) : status;
+    return status == WANE_OK ? wane_tensor_over(s, out, f->mapping, (char *)f->mapping->base + offset, &l) : status;
   }
-  wane_mapping *copy = wane_mapping_block((size_t)e->bytes, e->name);
+  wane_mapping *copy = wane_mapping_block(bytes, e->name);
   if (!copy) return WANE_E_MEMORY;
-  status = wane_file_read(f, e->offset, copy->base, (size_t)e->bytes);
+  status = wane_file_read(f, offset, copy->base, bytes);
   if (status == WANE_OK) status = wane_tensor_over(s, out, copy, copy->base, &l);
   wane_mapping_unref(copy);
   return status;
 }
 
-int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int dtype, int ndim, const int64_t *shape) {
+int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int piece, int pieces, int dtype, int ndim, const int64_t *shape) {
   const char *path = ix->files[e->file].path;
   if (dtype < 0 || !wane_dtype_name(dtype) || (dtype >= WANE_DTYPE_PLAIN && dtype < WANE_Q4_0))
     return wane_fail(WANE_E_UNSUPPORTED, "tensor '%s' of '%s' is %s, a dtype that wane does not compute with", e->name, path, e->dtype_name);
@@ -116,8 +118,9 @@ int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e,
   int status = wane_layout_of(l, dtype, ndim, shape, 0, 0);
   if (status != WANE_OK) return status;
   if (wane_dtype_bytes(dtype, l->cols) < 0 && l->n) return wane_fail(WANE_E_SHAPE, "rows of %lld values do not fill whole %s blocks", (long long)l->cols, wane_dtype_name(dtype));
-  if (l->part_bytes[0] != e->bytes)
-    return wane_fail(WANE_E_SHAPE, "tensor '%s' of '%s' has %llu bytes, the shape asked for needs %zu", e->name, path, (unsigned long long)e->bytes,
-                     l->part_bytes[0]);
+  if (pieces < 1 || piece < 0 || piece >= pieces) return wane_fail(WANE_E_ARG, "tensor '%s': there is no piece %d of %d", e->name, piece, pieces);
+  if (e->bytes % (uint64_t)pieces || l->part_bytes[0] != e->bytes / (uint64_t)pieces)
+    return wane_fail(WANE_E_SHAPE, "%s '%s' of '%s' has %llu bytes, the shape asked for needs %zu", pieces == 1 ? "tensor" : "a piece of tensor", e->name,
+                     path, (unsigned long long)(e->bytes / (uint64_t)pieces), l->part_bytes[0]);
   return WANE_OK;
 }

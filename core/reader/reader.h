@@ -98,8 +98,8 @@ typedef struct wane_layout {
 } wane_layout;
 /* WANE_E_SHAPE on overflow. The dtype must exist. */
 int wane_layout_of(wane_layout *l, int dtype, int ndim, const int64_t *shape, int block_size, int nested);
-/* The layout of an entry read as dtype and shape: a plain dtype or a GGUF kind that fills it exactly. */
-int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int dtype, int ndim, const int64_t *shape);
+/* The layout of one of `pieces` equal pieces of an entry, read as dtype and shape: a plain dtype or a GGUF kind that fills it exactly. */
+int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int piece, int pieces, int dtype, int ndim, const int64_t *shape);
 /* The tensor itself; `base` lies in the mapping, which gets references of its own. */
 int wane_tensor_over(wane_stream *s, wane_handle *out, wane_mapping *m, char *base, const wane_layout *l);
 

@@ -35,6 +35,7 @@ local function source(job, entry, options)
   item.entry, item.source, item.target = entry.i, core.dtype(dtype), core.dtype(target)
   item.block_size, item.nested = options.block_size or 0, options.nested and 1 or 0
   item.arrange, item.heads = arrangements[entry.arrange] or 0, entry.heads or 0
+  item.kv_heads, item.piece, item.pieces = entry.kv_heads or 0, entry.piece or 0, entry.pieces or 1
   item.ndim = #shape
   for i, size in ipairs(shape) do item.shape[i - 1] = size end
   local status = C.wane_load_add(job.load, entry.index:live(), item)
@@ -51,7 +52,8 @@ local function resolve(job, s)
   local status
   if s.map then
     local shape, n = core.shape(s.shape)
-    status = C.wane_index_map(core.stream(), h, s.map.index:live(), s.map.i, core.dtype(s.dtype), n, shape)
+    status = C.wane_index_map(core.stream(), h, s.map.index:live(), s.map.i, s.map.piece or 0, s.map.pieces or 1, core.dtype(s.dtype), n,
+      shape)
   else
     status = C.wane_load_take(job.handle, s.item, core.stream(), h)
   end
@@ -95,7 +97,7 @@ local function plan(job, request)
   if type(e) ~= "table" or not e.index then core.raise("loader.load: a request needs an entry of ckpt:find") end
   if e.invalid then return nil, ("'%s': %s"):format(job.path, e.invalid), "WANE_E_FORMAT" end
   if e.quant then return plan_quantized(job, request) end
-  local options = { target = request.dtype }
+  local options = { target = e.shift and "f32" or request.dtype }
   if request.scheme then
     options.target, options.block_size, options.nested = kind_of(request.scheme)
   end
@@ -174,8 +176,24 @@ local function same_scheme(q, scheme)
   return kind == q.type and (kind == "int8" or block_size == q.block_size) and nested == (q.double_quant or false)
 end
 
+-- Values that a file stores with a constant added (GGUF: Gemma's norms hold 1 + weight), read as f32.
+local function shifted(t, by, dtype)
+  local s, sum, h = core.stream(), core.handle_type(), core.handle_type()
+  core.check(C.wane_binary_scalar(s, sum, t.h, by, C.WANE_ADD, 0))
+  t:close()
+  local values = wrap(sum)
+  core.check(C.wane_cast(s, h, values.h, core.dtype(dtype)))
+  values:close()
+  return wrap(h)
+end
+
 local function assemble(job, p)
-  if p.whole then return resolve(job, p.whole) end
+  if p.whole then
+    local t, message, code = resolve(job, p.whole)
+    local r = p.request
+    if t and r.entry.shift then return shifted(t, r.entry.shift, r.dtype or r.entry.dtype) end
+    return t, message, code
+  end
   local t, message, code = assemble_quantized(job, p)
   if not t then return nil, message, code end
   local r = p.request

@@ -59,11 +59,6 @@ describe("checkpoint", function()
       assert.equal("embed_out.weight", names.canonical("gpt_neox", "lm_head.weight", ""))
       assert.equal("model.layers.0.mlp.up_proj.weight", names.canonical("llama", "layers.0.mlp.up_proj.weight", "model."))
       assert.equal("lm_head.weight", names.canonical("llama", "module.lm_head.weight", "model."))
-      assert.equal("model.layers.11.self_attn.k_proj.bias", names.from_gguf("llama", "blk.11.attn_k.bias"))
-      assert.equal("blk.11.attn_k.bias", names.to_gguf("llama", "model.layers.11.self_attn.k_proj.bias"))
-      assert.equal("gpt_neox.layers.3.attention.query_key_value.weight", names.from_gguf("gptneox", "blk.3.attn_qkv.weight"))
-      assert.equal("token_embd.weight", names.to_gguf("gptneox", "gpt_neox.embed_in.weight"))
-      assert.equal("strange.weight", names.from_gguf("llama", "strange.weight"))
     end)
 
     it("may leave out all of a prefix, a part of it, or nothing", function()
@@ -91,7 +86,7 @@ describe("checkpoint", function()
         { "gpt_neox", "gpt_neox.layers.0.attention.bias", "layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias" },
         { "gpt2", "transformer.h.0.attn.bias", "h.11.attn.bias", "h.0.attn.masked_bias" }, { "gptj", "transformer.h.0.attn.bias" },
         { "gpt_neo", "transformer.h.0.attn.attention.bias", "transformer.h.1.attn.attention.masked_bias" },
-        { "llama", "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "rope_freqs.weight" },
+        { "llama", "model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq" },
       } do
         for i = 2, #case do assert.is_true(names.is_ignorable(case[i], case[1]), case[i]) end
       end

@@ -162,7 +162,7 @@ end
 function M.config_text(config, text, dtype, addition)
   if not text then
     local c = {}
-    for k, v in pairs(config) do if k ~= "gguf_architecture" then c[k] = v end end
+    for k, v in pairs(config) do if not k:find "^gguf_" then c[k] = v end end
     c.torch_dtype, c.quantization_config = quantized.long_name(dtype or "f32"), addition
     return json.encode(c) .. "\n"
   end

@@ -98,7 +98,7 @@ end
 function Index:bytes(entry, most)
   local n = math.min(entry.bytes, most or entry.bytes)
   local buffer = ffi.new("char[?]", math.max(n, 1))
-  local status = C.wane_index_read(self:live(), entry.i, 0, buffer, n)
+  local status = C.wane_index_read(self:live(), entry.i, (entry.piece or 0) * entry.bytes, buffer, n)
   if status < 0 then return core.failure(status) end
   return ffi.string(buffer, n)
 end
@@ -139,7 +139,8 @@ end
 
 -- ---------------------------------------------------------------- tensors
 
---- A tensor over the file's own bytes (mapped), read as `dtype` and `shape` (default: the entry's own).
+--- A tensor over the file's own bytes (mapped), read as `dtype` and `shape` (default: the entry's own). An entry with `piece` and
+-- `pieces` stands for one of so many equal pieces.
 -- @return wane.Tensor|nil, string|nil message, string|nil code
 function Index:map(entry, dtype, shape)
   dtype = dtype or entry.dtype
@@ -148,7 +149,7 @@ function Index:map(entry, dtype, shape)
   end
   local h = core.handle_type()
   local sizes, n = core.shape(shape or entry.shape)
-  local status = C.wane_index_map(core.stream(), h, self:live(), entry.i, core.dtype(dtype), n, sizes)
+  local status = C.wane_index_map(core.stream(), h, self:live(), entry.i, entry.piece or 0, entry.pieces or 1, core.dtype(dtype), n, sizes)
   if status < 0 then return core.failure(status) end
   return require("wane.tensor").wrap(h)
 end

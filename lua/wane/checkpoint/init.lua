@@ -90,7 +90,12 @@ function M.open(path)
     if not ix then return nil, message, code end
     self = { path = path, index = ix }
     if ix:format() == "gguf" then
-      self.config, self.generation_config = gguf.config(ix)
+      self.config, message, code = gguf.config(ix)
+      if not self.config then
+        ix:close()
+        return nil, message, code
+      end
+      self.generation_config = message
     else
       local folder = path:match "^(.*)/[^/]*$" or "."
       if not is_file(folder .. "/config.json") then
@@ -112,7 +117,7 @@ end
 
 -- The file's entry of a canonical name.
 local function file_entry(self, name)
-  if self.format == "gguf" then return self.index:find(names.to_gguf(self.config.gguf_architecture, name)) end
+  if self.format == "gguf" then return gguf.find(self.config, self.index, name) end
   for _, spelling in ipairs(names.spellings(self.model_type, name)) do
     local e = self.index:find(spelling)
     if e then return e end
@@ -122,17 +127,13 @@ end
 --- The entry of a tensor by its canonical name, or nil. Fields: name, file_name, dtype (of the values as stored: "f32", "q4_1"; the
 -- quantized type's name where it is quantized), file_dtype, shape (logical), bytes, quant (nil or { type, block_size, double_quant, … }),
 -- invalid (a message, where its parts do not fit together: loading it fails with that), arrange (how its values are moved when they
--- are read: "transpose" for a matrix that the file holds the other way round than `shape` says).
+-- are read: "transpose" for a matrix that the file holds the other way round than `shape` says). GGUF: see wane.checkpoint.gguf.find.
 -- @param name string
 -- @return table|nil
 function Checkpoint:find(name)
   local e = file_entry(self, name)
-  if not e then return nil end
+  if not e or self.format == "gguf" then return e end
   e.file_name, e.name = e.name, name
-  if self.format == "gguf" then
-    e.arrange, e.heads = gguf.arrangement(self.config, e.file_name)
-    return e
-  end
   local q, message = quantized.recognise(self.index, e.file_name, e)
   if not q and names.is_transposed(self.model_type, name) and #e.shape == 2 then
     e.arrange, e.shape = "transpose", { e.shape[2], e.shape[1] }
@@ -151,10 +152,11 @@ end
 -- a tensor that the files hold under several names comes once.
 -- @return string[]
 function Checkpoint:names()
+  if self.format == "gguf" then return gguf.names(self.config, self.index) end
   local list, there = {}, {}
   for i = 0, self.index:count() - 1 do
     local name = self.index:name(i)
-    if not names.is_ignorable(name, self.model_type) and not (self.format == "safetensors" and self:is_part(name)) then
+    if not names.is_ignorable(name, self.model_type) and not self:is_part(name) then
       local canonical = self:canonical(name)
       if not there[canonical] then list[#list + 1] = canonical end
       there[canonical] = true
@@ -170,9 +172,8 @@ function Checkpoint:is_part(name)
   return self.index:has(stem .. ".weight")
 end
 
---- The canonical name of a file's spelling.
+--- The canonical name of a safetensors file's spelling.
 function Checkpoint:canonical(name)
-  if self.format == "gguf" then return gguf.canonical(self.config, name) end
   return names.canonical(self.model_type, name, self.missing)
 end
 

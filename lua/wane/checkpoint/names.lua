@@ -1,5 +1,5 @@
 --- Names of tensors. The canonical ones are transformers 4's ("model.layers.0.mlp.up_proj.weight", "embed_out.weight"); what files
--- call them instead is resolved here: no prefix, transformers 5's `lm_head` for GPT-NeoX, a wrapper's `module.`, GGUF's `blk.0.`.
+-- call them instead is resolved here: no prefix, transformers 5's `lm_head` for GPT-NeoX, a wrapper's `module.`. GGUF's: gguf_names.lua.
 -- @module wane.checkpoint.names
 local M = {}
 
@@ -33,7 +33,7 @@ local function any(patterns, name)
 end
 
 -- Buffers that checkpoints of any family may carry and that models make themselves.
-local ignorable = { "%.rotary_emb%.inv_freq$", "%.masked_bias$", "%.rope_freqs%.weight$" }
+local ignorable = { "%.rotary_emb%.inv_freq$", "%.masked_bias$" }
 
 --- Is this a buffer that no model needs?
 -- @param name string a file's
@@ -51,55 +51,6 @@ function M.is_transposed(model_type, name)
   local family = rules_of(model_type)
   return family ~= nil and any(family.transposed, name)
 end
-
--- ---------------------------------------------------------------- GGUF
-
--- Source: llama.cpp gguf-py/gguf/tensor_mapping.py. "%d" stands for the layer.
-local gguf = {
-  llama = {
-    token_embd = "model.embed_tokens", output_norm = "model.norm", output = "lm_head",
-    attn_norm = "model.layers.%d.input_layernorm", ffn_norm = "model.layers.%d.post_attention_layernorm",
-    attn_q = "model.layers.%d.self_attn.q_proj", attn_k = "model.layers.%d.self_attn.k_proj", attn_v = "model.layers.%d.self_attn.v_proj",
-    attn_output = "model.layers.%d.self_attn.o_proj", ffn_gate = "model.layers.%d.mlp.gate_proj", ffn_up = "model.layers.%d.mlp.up_proj",
-    ffn_down = "model.layers.%d.mlp.down_proj",
-  },
-  gptneox = {
-    token_embd = "gpt_neox.embed_in", output_norm = "gpt_neox.final_layer_norm", output = "embed_out",
-    attn_norm = "gpt_neox.layers.%d.input_layernorm", ffn_norm = "gpt_neox.layers.%d.post_attention_layernorm",
-    attn_qkv = "gpt_neox.layers.%d.attention.query_key_value", attn_output = "gpt_neox.layers.%d.attention.dense",
-    ffn_up = "gpt_neox.layers.%d.mlp.dense_h_to_4h", ffn_down = "gpt_neox.layers.%d.mlp.dense_4h_to_h",
-  },
-}
-local from_hf = {}
-for arch, map in pairs(gguf) do
-  from_hf[arch] = {}
-  for short, long in pairs(map) do from_hf[arch][long] = short end
-end
-
---- GGUF's name of a canonical one, or the name itself where the architecture is not known.
--- @param arch string general.architecture
-function M.to_gguf(arch, name)
-  local stem, suffix = name:match "^(.*)%.(%a+)$"
-  if not stem or not from_hf[arch] then return name end
-  local short = from_hf[arch][stem]
-  if short then return short .. "." .. suffix end
-  local before, layer, after = stem:match "^(.-%.)(%d+)(%..*)$"
-  short = before and from_hf[arch][before .. "%d" .. after]
-  return short and ("blk.%s.%s.%s"):format(layer, short, suffix) or name
-end
-
---- The canonical name of GGUF's, or the name itself.
-function M.from_gguf(arch, name)
-  local map = gguf[arch]
-  if not map then return name end
-  local layer, short, suffix = name:match "^blk%.(%d+)%.([%w_]+)%.(%a+)$"
-  if layer then return map[short] and map[short]:format(layer) .. "." .. suffix or name end
-  short, suffix = name:match "^([%w_]+)%.(%a+)$"
-  return short and map[short] and map[short] .. "." .. suffix or name
-end
-
---- Does wane know how this architecture's tensors are called and arranged?
-function M.knows_gguf(arch) return gguf[arch] ~= nil end
 
 -- ---------------------------------------------------------------- files of transformers
 
