@@ -386,7 +386,8 @@ WANE_API int wane_probe(wane_stream *s, int what, const wane_handle *buffer, int
  * on a job's thread, may be asked from any one thread at a time, and keeps its files open. Every size in a file is checked before use. */
 typedef struct wane_index wane_index;
 /* Starts reading the headers at `path`: a .safetensors file, a *.safetensors.index.json file with every shard it names (which must
- * lie beside it), or a .gguf file (version 2 or 3). The kind is told from the content. */
+ * lie beside it), or a .gguf file (version 2 or 3; the first part of several, …-00001-of-00003.gguf, brings the others). The kind is
+ * told from the content. */
 WANE_API int wane_index_open(wane_job **out, const char *path);
 /* The index that a finished job made, once; the caller owns it. WANE_PENDING while the job runs, the job's status if it failed. */
 WANE_API int wane_index_take(wane_job *job, wane_index **out);

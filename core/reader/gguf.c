@@ -1,8 +1,10 @@
-/* gguf.c: the header of a GGUF file (versions 2 and 3, little-endian) into an index: key-value pairs and tensor infos.
+/* gguf.c: the headers of a GGUF file (versions 2 and 3, little-endian) and of its further parts into an index: key-value pairs and
+ * tensor infos.
  *
  * Source: ggml docs/gguf.md; block sizes ggml-common.h. Every count and length is compared with what is left of the file before
  * anything is allocated for it, so a lying header costs no more memory than its file has bytes. */
 #include "reader.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +31,8 @@ static const int type_bytes[T_END] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
 enum { BUFFER = 256 << 10 };
 typedef struct reader {
   wane_index *ix;
+  wane_index *meta;                            /* who gets the key-value pairs: the index, or for a further part a scratch one */
+  int file;
   const wane_file *f;
   wane_job *job;
   unsigned char *buffer;
@@ -75,7 +79,7 @@ static int take_string(reader *r, uint64_t longest, const char *what, const char
   if (n > left(r)) return truncated(r, what);
   if (n > longest) return wane_fail(WANE_E_FORMAT, "'%s': %s at byte %llu has %llu bytes, %llu at most are valid", r->f->path, what,
                                     (unsigned long long)r->at, (unsigned long long)n, (unsigned long long)longest);
-  char *p = wane_arena_alloc(&r->ix->arena, (size_t)n + 9, "GGUF metadata");
+  char *p = wane_arena_alloc(&r->meta->arena, (size_t)n + 9, "GGUF metadata");
   if (!p) return WANE_E_MEMORY;
   memcpy(p, &n, 8);
   p[8 + n] = 0;
@@ -160,7 +164,7 @@ static int take_array(reader *r, const char *key, wane_meta_entry *m) {
   m->value.item_kind = kind_of((int)type);
   m->value.count = (int64_t)n;
   m->item_type = (int32_t)type;
-  void *items = wane_arena_alloc(&r->ix->arena, (size_t)(n * least), "GGUF metadata");
+  void *items = wane_arena_alloc(&r->meta->arena, (size_t)(n * least), "GGUF metadata");
   if (!items) return WANE_E_MEMORY;
   m->items = items;
   if (type != T_STRING) return take(r, items, n * least, key);
@@ -188,7 +192,7 @@ static int take_pair(reader *r) {
     if (status == WANE_OK) decode((int)type, bytes, &m.value);
   }
   if (status != WANE_OK) return status;
-  status = wane_index_add_meta(r->ix, key, length, &m);
+  status = wane_index_add_meta(r->meta, key, length, &m);
   return status == 1 ? wane_fail(WANE_E_FORMAT, "'%s': metadata key '%s' occurs twice", r->f->path, key) : status;
 }
 
@@ -216,7 +220,7 @@ static int size_tensor(const reader *r, wane_entry *e, uint32_t type) {
 }
 
 static int take_tensor(reader *r) {
-  wane_entry e = { 0 };
+  wane_entry e = { .file = r->file };
   size_t length;
   uint32_t dims = 0, type = 0;
   uint64_t size = 0;
@@ -244,20 +248,22 @@ static int by_offset(const void *a, const void *b) {
   return x->bytes < y->bytes ? -1 : x->bytes > y->bytes;
 }
 
-/* The data begins at the next multiple of the alignment. Tensors must lie inside the file, aligned, and not on each other. */
-static int check_places(reader *r, uint64_t alignment) {
+/* The data begins at the next multiple of the alignment. Tensors (from number `first` of the index on) must lie inside the file,
+ * aligned, and not on each other. */
+static int check_places(reader *r, int64_t first, uint64_t alignment) {
   wane_index *ix = r->ix;
+  int64_t n = ix->count - first;
   uint64_t data = (r->at + alignment - 1) & ~(alignment - 1), at = 0;
   if (data > r->f->size) {
-    if (ix->count) return truncated(r, "the tensors' data");
+    if (n) return truncated(r, "the tensors' data");
     data = r->f->size;
   }
-  wane_entry **order = wane_alloc((size_t)(ix->count ? ix->count : 1) * sizeof *order, "an index");
+  wane_entry **order = wane_alloc((size_t)(n ? n : 1) * sizeof *order, "an index");
   if (!order) return WANE_E_MEMORY;
-  for (int64_t i = 0; i < ix->count; i++) order[i] = &ix->entries[i];
-  qsort(order, (size_t)ix->count, sizeof *order, by_offset);
+  for (int64_t i = 0; i < n; i++) order[i] = &ix->entries[first + i];
+  qsort(order, (size_t)n, sizeof *order, by_offset);
   int status = WANE_OK;
-  for (int64_t i = 0; i < ix->count && status == WANE_OK; i++) {
+  for (int64_t i = 0; i < n && status == WANE_OK; i++) {
     wane_entry *e = order[i];
     if (e->offset & (alignment - 1))
       status = wane_fail(WANE_E_FORMAT, "'%s': tensor '%s' begins at data byte %llu, no multiple of the alignment %llu", r->f->path, e->name,
@@ -277,9 +283,9 @@ static int check_places(reader *r, uint64_t alignment) {
 
 /* general.alignment, 32 where it is absent; 0 with the error set if it is no power of two. */
 static uint64_t alignment_of(const reader *r) {
-  int64_t i = wane_names_find(&r->ix->by_key, "general.alignment", 17);
+  int64_t i = wane_names_find(&r->meta->by_key, "general.alignment", 17);
   if (i < 0) return 32;
-  const wane_meta *m = &r->ix->metas[i].value;
+  const wane_meta *m = &r->meta->metas[i].value;
   if (m->kind == WANE_META_INT && m->integer > 0 && m->integer <= 1 << 20 && (m->integer & (m->integer - 1)) == 0) return (uint64_t)m->integer;
   wane_fail(WANE_E_FORMAT, "'%s': general.alignment must be a power of two up to 2^20", r->f->path);
   return 0;
@@ -288,6 +294,7 @@ static uint64_t alignment_of(const reader *r) {
 static int read_all(reader *r) {
   uint32_t version = 0;
   uint64_t tensors = 0, pairs = 0;
+  int64_t first = r->ix->count;
   r->at = 4;
   int status = take_u32(r, &version, "the version");
   if (status != WANE_OK) return status;
@@ -304,15 +311,76 @@ static int read_all(reader *r) {
   for (uint64_t i = 0; i < tensors && status == WANE_OK; i++) status = take_tensor(r);
   if (status != WANE_OK) return status;
   uint64_t alignment = alignment_of(r);
-  return alignment ? check_places(r, alignment) : WANE_E_FORMAT;
+  return alignment ? check_places(r, first, alignment) : WANE_E_FORMAT;
 }
 
-int wane_gguf_read(wane_index *ix, int file, wane_job *job) {
-  ix->format = WANE_FORMAT_GGUF;
-  reader r = { .ix = ix, .f = &ix->files[file], .job = job };
+static int read_file(wane_index *ix, wane_index *meta, int file, wane_job *job) {
+  reader r = { .ix = ix, .meta = meta, .file = file, .f = &ix->files[file], .job = job };
   r.buffer = wane_alloc(BUFFER, "a GGUF header");
   if (!r.buffer) return WANE_E_MEMORY;
   int status = read_all(&r);
   wane_release(r.buffer);
   return status;
+}
+
+/* ---------------------------------------------------------------- a model in several files: NAME-00001-of-00003.gguf */
+
+enum { PART_NAME = 5 + 4 + 5 + 5 };            /* 00001-of-00003.gguf */
+
+/* A whole number of the metadata, or -1. */
+static int64_t number(const wane_index *meta, const char *key) {
+  int64_t i = wane_names_find(&meta->by_key, key, strlen(key));
+  return i >= 0 && meta->metas[i].value.kind == WANE_META_INT ? meta->metas[i].value.integer : -1;
+}
+
+/* Reads part number i (from 1; the index's file i) and checks that it is that part of as many. */
+static int read_part(wane_index *ix, int64_t i, int64_t count, const char *path, wane_job *job) {
+  int status = wane_index_add_file(ix, path);
+  if (status != WANE_OK) return status;
+  char magic[4] = { 0 };
+  const wane_file *f = &ix->files[i];
+  status = wane_file_read(f, 0, magic, f->size < 4 ? (size_t)f->size : 4);
+  if (status == WANE_OK && memcmp(magic, "GGUF", 4)) status = wane_fail(WANE_E_FORMAT, "'%s' is no GGUF file: it does not begin with \"GGUF\"", path);
+  if (status != WANE_OK) return status;
+  wane_index *scratch = wane_alloc_zero(sizeof *scratch, "an index");
+  if (!scratch) return WANE_E_MEMORY;
+  scratch->refs = 1;
+  status = read_file(ix, scratch, (int)i, job);
+  int64_t no = number(scratch, "split.no"), of = number(scratch, "split.count");
+  wane_index_free(scratch);
+  if (status == WANE_OK && (no != i || of != count))
+    status = wane_fail(WANE_E_FORMAT, "'%s' says that it is part %lld of %lld (split.no + 1, split.count); part %lld of %lld was expected", path,
+                       (long long)no + 1, (long long)of, (long long)i + 1, (long long)count);
+  return status;
+}
+
+/* The other parts of a model whose first part has been read. */
+static int read_parts(wane_index *ix, int64_t count, wane_job *job) {
+  const char *first = ix->files[0].path;
+  size_t n = strlen(first);
+  char want[PART_NAME + 8];
+  snprintf(want, sizeof want, "-00001-of-%05lld.gguf", (long long)(count % 100000));
+  if (number(ix, "split.no") != 0)
+    return wane_fail(WANE_E_ARG, "'%s' is part %lld of %lld of a model: name its first part (…-00001-of-%05lld.gguf)", first,
+                     (long long)number(ix, "split.no") + 1, (long long)count, (long long)count);
+  if (count > 99999 || n < strlen(want) || strcmp(first + n - strlen(want), want))
+    return wane_fail(WANE_E_FORMAT, "'%s' is the first of %lld parts (split.count): its name must end in '%s'", first, (long long)count, want);
+  char *path = wane_arena_text(&ix->arena, first, n);
+  int status = path ? WANE_OK : WANE_E_MEMORY;
+  for (int64_t i = 1; i < count && status == WANE_OK; i++) {
+    snprintf(path + n - PART_NAME, PART_NAME + 1, "%05lld-of-%05lld.gguf", (long long)i + 1, (long long)count);
+    status = read_part(ix, i, count, path, job);
+  }
+  int64_t promised = number(ix, "split.tensors.count");
+  if (status == WANE_OK && promised >= 0 && promised != ix->count)
+    status = wane_fail(WANE_E_FORMAT, "'%s' promises %lld tensors in %lld parts (split.tensors.count), they hold %lld", first, (long long)promised,
+                       (long long)count, (long long)ix->count);
+  return status;
+}
+
+int wane_gguf_read(wane_index *ix, wane_job *job) {
+  ix->format = WANE_FORMAT_GGUF;
+  int status = read_file(ix, ix, 0, job);
+  int64_t count = number(ix, "split.count");
+  return status == WANE_OK && count > 1 ? read_parts(ix, count, job) : status;
 }

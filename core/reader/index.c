@@ -182,7 +182,7 @@ static int open_run(wane_job *job, void *state) {
   int status = wane_index_add_file(ix, o->path);
   if (status == WANE_OK) status = wane_file_read(&ix->files[0], 0, head, ix->files[0].size < 8 ? (size_t)ix->files[0].size : 8);
   if (status != WANE_OK) return status;
-  if (!memcmp(head, "GGUF", 4)) return wane_gguf_read(ix, 0, job);
+  if (!memcmp(head, "GGUF", 4)) return wane_gguf_read(ix, job);
   size_t n = strlen(o->path);
   if (n > 5 && !strcmp(o->path + n - 5, ".gguf"))
     return wane_fail(WANE_E_FORMAT, "'%s' is no GGUF file: it does not begin with \"GGUF\"", o->path);

@@ -80,7 +80,8 @@ const wane_entry *wane_index_at(const wane_index *ix, int64_t i);
 /* The readers: fill an index from file number `file`, already open. `job` is asked for cancellation and told the progress. */
 int wane_safetensors_read(wane_index *ix, int file, wane_job *job);
 int wane_shards_read(wane_index *ix, wane_job *job, const char *path);
-int wane_gguf_read(wane_index *ix, int file, wane_job *job);
+/* GGUF: file 0, and the further parts that it names. */
+int wane_gguf_read(wane_index *ix, wane_job *job);
 /* Item i of an array of metadata; i has been checked. */
 int wane_gguf_item(const wane_meta_entry *m, int64_t i, wane_meta *out);
 

@@ -1,9 +1,10 @@
--- Reading GGUF: metadata of every type, tensors, the converter's arrangement undone, every rule broken once, 2,000 mutated headers.
+-- Reading GGUF: metadata of every type, tensors, the converter's arrangement undone, every rule broken once, parts, 10,000 mutated headers.
 local ffi = require "ffi"
 local checkpoint = require "wane.checkpoint"
 local index = require "wane.checkpoint.index"
 local loader = require "wane.loader"
 local files = require "support.files"
+local mutate = require "support.mutate"
 
 local fixtures = "spec/fixtures/"
 local pair, str, u32, u64, le = files.gguf_pair, files.gguf_string, files.u32, files.u64, files.le
@@ -114,40 +115,90 @@ describe("GGUF", function()
     end)
   end
 
-  it("survives 2,000 mutated headers without a crash", function()
-    local good = files.gguf({ pair("general.architecture", 8, str "llama"), pair("x", 9, u32(8) .. u64(2) .. str "ab" .. str "c"), pair("y", 4, u32(7)) },
-      { { "blk.0.attn_q.weight", { 4, 4 }, 0, 0 }, { "b", { 32, 1 }, 8, 64 } }, ("\0"):rep(98))
-    local head = #good - 98
-    local random, opened = files.random(77), 0
-    for _ = 1, 2000 do
-      local text = good
-      for _ = 0, random(3) do
-        local at, kind = random(head) + 1, random(5)
-        if kind == 0 then text = text:sub(1, at - 1) .. string.char(random(256)) .. text:sub(at + 1)
-        elseif kind == 1 then text = text:sub(1, at - 1) .. text:sub(at + 1)
-        elseif kind == 2 then text = text:sub(1, at) .. text:sub(at, at + random(9)) .. text:sub(at + 1)
-        elseif kind == 3 then text = text:sub(1, at - 1) .. ("\255"):rep(8) .. text:sub(at + 8)
-        else text = text:sub(1, math.max(at, 4)) end
-      end
-      local ix, message = index.open(path_of("GGUF" .. text:sub(5)))
-      if ix then
-        opened = opened + 1
-        for i = 0, ix:count() - 1 do
-          local e = ix:entry(i)
-          assert.is_true(e.offset + e.bytes <= #text)
-          ix:bytes(e, 16)
+  it("survives 10,000 mutated headers", function()
+    local whole = files.gguf
+    local llama = whole({ pair("general.architecture", 8, str "llama"), pair("llama.embedding_length", 4, u32(4)), pair("llama.block_count", 4, u32(1)),
+        pair("llama.attention.head_count", 4, u32(1)), pair("llama.rope.scaling.type", 8, str "yarn"), pair("general.alignment", 4, u32(32)),
+        pair("x", 9, u32(8) .. u64(2) .. str "ab" .. str "c"), pair("y", 9, u32(6) .. u64(2) .. f32(1, 2)), pair("split.count", 2, le(1, 2)) },
+      { { "blk.0.attn_q.weight", { 4, 4 }, 0, 0 }, { "blk.0.ffn_up_exps.weight", { 32, 2, 2 }, 8, 64 }, { "rope_freqs.weight", { 2 }, 0, 224 } },
+      ("\0"):rep(232))
+    local t5 = whole({ pair("general.architecture", 8, str "t5"), pair("t5.embedding_length", 4, u32(4)), pair("t5.attention.head_count", 4, u32(1)),
+        pair("t5.attention.key_length", 4, u32(4)), pair("t5.decoder_block_count", 4, u32(1)), pair("t5.block_count", 4, u32(1)) },
+      { { "enc.blk.0.attn_q.weight", { 4, 4 }, 1, 0 }, { "enc.blk.0.ffn_gate.weight", { 32 }, 20, 32 } }, ("\0"):rep(50))
+    local falcon = whole({ pair("general.architecture", 8, str "falcon"), pair("falcon.embedding_length", 4, u32(4)),
+        pair("falcon.attention.head_count", 4, u32(2)), pair("falcon.attention.head_count_kv", 9, u32(5) .. u64(2) .. u32(1) .. u32(1)) },
+      { { "blk.0.attn_qkv.weight", { 4, 8 }, 0, 0 }, { "blk.0.attn_norm_2.weight", { 4 }, 0, 128 } }, ("\0"):rep(144))
+    mutate.run {
+      name = "GGUF headers", sources = { llama, t5, falcon }, path = folder .. "/mutated.gguf",
+      spans = { { 5, #llama - 232 }, { 5, #t5 - 50 }, { 5, #falcon - 144 } },
+      try = function(path, bytes)
+        local g, message, code = checkpoint.open(path)
+        if not g then return nil, message, code end
+        for _, name in ipairs(g:names()) do
+          local e = g:find(name)
+          if e then
+            assert(e.offset + e.bytes <= #bytes)
+            g.index:bytes(e, 16)
+            local list, why = loader.load(g, { { entry = e } })
+            assert(list or why:find(path, 1, true) or why:find("tensor '", 1, true), why)
+          end
         end
-        for _, key in ipairs(ix:keys()) do
-          ix:meta(key)
-          local n, item = ix:array(key)
+        for _, key in ipairs(g.index:keys()) do
+          g.index:meta(key)
+          local n, item = g.index:array(key)
           for i = 1, math.min(n or 0, 3) do item(i) end
         end
-        ix:close()
-      else
-        assert.is_string(message)
-      end
+        g:close()
+        return true
+      end,
+    }
+  end)
+
+  describe("in several files", function()
+    local function part(no, count, infos, data, more)
+      local list = { pair("split.no", 2, le(no, 2)), pair("split.count", 2, le(count, 2)), pair("split.tensors.count", 5, u32(3)) }
+      for _, m in ipairs(more or {}) do list[#list + 1] = m end
+      return files.gguf(list, infos, data)
     end
-    assert.is_true(opened > 0 and opened < 1500)
+    local function write(no, text) return files.write(("%s/m-%05d-of-00003.gguf"):format(folder, no), text) end
+    local one = { pair("general.architecture", 8, str "llama"), pair("general.name", 8, str "m") }
+    local first
+
+    before_each(function()
+      first = write(1, part(0, 3, { { "a", { 4 }, 0, 0 } }, f32(1, 2, 3, 4), one))
+      write(2, part(1, 3, { { "b", { 2 }, 0, 0 }, { "c", { 2 }, 0, 32 } }, f32(5, 6) .. ("\0"):rep(24) .. f32(7, 8)))
+      write(3, part(2, 3, {}))
+    end)
+
+    it("takes the metadata from the first and the tensors from all", function()
+      local ix = assert(index.open(first))
+      assert.equal(3, #ix:files())
+      assert.equal("llama", ix:meta "general.architecture")
+      assert.equal(5, #ix:keys())
+      for name, values in pairs { a = { 1, 2, 3, 4 }, b = { 5, 6 }, c = { 7, 8 } } do assert.same(values, assert(ix:map(ix:find(name))):totable()) end
+      assert.equal(1, ix:find("c").file)
+    end)
+
+    local function refused(what, make, ...)
+      local expected = { ... }
+      it("refuses " .. what, function()
+        local ix, message, code = index.open(make() or first)
+        assert.is_nil(ix)
+        assert.matches("^WANE_E_", code)
+        for _, text in ipairs(expected) do assert.truthy(message:find(text, 1, true), message) end
+      end)
+    end
+    refused("a part that is missing", function() os.remove(folder .. "/m-00002-of-00003.gguf") end, "m-00002-of-00003.gguf")
+    refused("a later part", function() return folder .. "/m-00002-of-00003.gguf" end, "part 2 of 3", "-00001-of-00003.gguf")
+    refused("parts in a wrong order", function() write(2, part(2, 3, {})) end, "m-00002", "part 3 of 3", "part 2 of 3 was expected")
+    refused("a part of another number of parts", function() write(3, part(2, 4, {})) end, "m-00003", "part 3 of 4")
+    refused("a part that knows of no parts", function() write(3, files.gguf({}, {})) end, "m-00003", "part 3 of 3 was expected")
+    refused("a part that is no GGUF file", function() write(3, "what is this") end, "m-00003", "no GGUF file")
+    refused("a tensor in two parts", function() write(3, part(2, 3, { { "a", { 1 }, 0, 0 } }, f32(1))) end, "m-00003", "'a' occurs twice")
+    refused("another number of tensors than was promised", function() write(2, part(1, 3, {})) end, "promises 3 tensors", "they hold 1")
+    refused("a first part under another name", function() return files.write(folder .. "/other.gguf", files.read(first)) end,
+      "other.gguf", "-00001-of-00003.gguf")
+    refused("a part cut short", function() write(2, part(1, 3, { { "b", { 200 }, 0, 0 } }, "1234")) end, "m-00002", "truncated")
   end)
 
   describe("as a checkpoint", function()
@@ -200,6 +251,90 @@ describe("GGUF", function()
       assert.equal("q8_0", q[1]:dtype())
       assert.equal(table.concat(expected), files.parts(q[1])[0])
       assert.equal(table.concat(rows), files.parts(q[2])[0])
+    end)
+
+    it("puts fused rows back group by group: Falcon's query heads that share a key and a value", function()
+      -- 4 heads in 2 groups, one row a head: q0 q1 q2 q3 k0 k1 v0 v1 becomes q0 q1 k0 v0 q2 q3 k1 v1
+      local rows = {}
+      for r = 1, 8 do rows[r] = f32(r, 0, 0, 0) end
+      local function falcon(kv)
+        return checkpoint.open(path_of(files.gguf({ pair("general.architecture", 8, str "falcon"), pair("falcon.embedding_length", 4, u32(4)),
+          pair("falcon.attention.head_count", 4, u32(4)), pair("falcon.attention.head_count_kv", 4, u32(kv)) },
+          { { "blk.0.attn_qkv.weight", { 4, 8 }, 0, 0 } }, table.concat(rows))))
+      end
+      local g = assert(falcon(2))
+      local name = "transformer.h.0.self_attention.query_key_value.weight"
+      for _, dtype in ipairs { "f32", "f16" } do                 -- moved as they are read, or as they are converted
+        local t = assert(loader.load(g, { { entry = g:find(name), dtype = dtype } }))[1]
+        local order = {}
+        for r, row in ipairs(t:to("f32"):totable()) do order[r] = row[1] end
+        assert.same({ 1, 2, 5, 7, 3, 4, 6, 8 }, order)
+      end
+      local _, message, code = loader.load(assert(falcon(3)), { { entry = falcon(3):find(name) } })
+      assert.equal("WANE_E_SHAPE", code)
+      assert.truthy(message:find("4 heads", 1, true), message)
+    end)
+
+    it("takes one expert out of a tensor that holds all, mapped, copied, cast and quantized, blocks too", function()
+      local data, infos = {}, {}
+      for e = 0, 2 do data[e + 1] = (string.char(e + 1, 60) .. string.char(e):rep(32)):rep(2) end   -- 3 experts of [2, 32] in Q8_0
+      infos[1] = { "blk.0.ffn_down_exps.weight", { 32, 2, 3 }, 8, 0 }
+      local fused = {}
+      for i = 1, 3 * 4 * 2 do fused[i] = i end                                                      -- 3 experts of gate [2, 2] and up [2, 2]
+      infos[2] = { "blk.0.ffn_gate_up_exps.weight", { 2, 4, 3 }, 0, 224 }
+      local g = assert(checkpoint.open(path_of(files.gguf({ pair("general.architecture", 8, str "qwen3moe") }, infos,
+        table.concat(data) .. ("\0"):rep(20) .. f32(unpack(fused))))))
+      assert.equal(9, #g:names())
+      for e = 0, 2 do
+        local down = "model.layers.0.mlp.experts." .. e .. ".down_proj.weight"
+        for _, io_mode in ipairs { "mmap", "read" } do
+          local t = assert(loader.load(g, { { entry = g:find(down) } }, { io = io_mode }))[1]
+          assert.same({ 2, 32 }, t:shape())
+          assert.equal(data[e + 1], files.parts(t)[0])
+        end
+        local both = assert(loader.load(g, { { entry = g:find(down), dtype = "f32" }, { entry = g:find(down), scheme = { type = "int8" } } }))
+        local value = both[1]:totable()[2][32]
+        assert.near(e * (1 + (e + 1) / 1024), value, 1e-6)
+        assert.near(value, both[2]:dequantize("f32"):totable()[2][32], 0.02)
+        local gate, up = g:find("model.layers.0.mlp.experts." .. e .. ".gate_proj.weight"), g:find("model.layers.0.mlp.experts." .. e .. ".up_proj.weight")
+        local list = assert(loader.load(g, { { entry = gate }, { entry = up } }))
+        assert.same({ { 8 * e + 1, 8 * e + 2 }, { 8 * e + 3, 8 * e + 4 } }, list[1]:totable())
+        assert.same({ { 8 * e + 5, 8 * e + 6 }, { 8 * e + 7, 8 * e + 8 } }, list[2]:totable())
+      end
+      assert.truthy(g:find("model.layers.0.mlp.experts.3.down_proj.weight").invalid:find("expert 3", 1, true))
+    end)
+
+    it("keeps kinds with tables as blocks, which embed and quantize as their exact values", function()
+      local golden = require("support.safetensors").read(fixtures .. "quant/gguf.safetensors")
+      local F, wane = require "wane.nn.functional", require "wane"
+      for kind, number in pairs { iq4_nl = 20, mxfp4 = 39, iq2_xs = 17, iq1_m = 29 } do
+        local blocks, values = golden[kind .. "/blocks"], golden[kind .. "/values"]
+        local N, K = tonumber(values.shape[1]), tonumber(values.shape[2])
+        local g = assert(checkpoint.open(path_of(files.gguf({ pair("general.architecture", 8, str "llama") }, { { "token_embd.weight", { K, N }, number, 0 } },
+          ffi.string(blocks.data, blocks.nbytes)))))
+        local e = g:find "model.embed_tokens.weight"
+        local list = assert(loader.load(g, { { entry = e }, { entry = e, dtype = "f32" }, { entry = e, scheme = { type = "nf4", block_size = 32 } } }))
+        assert.equal(kind, list[1]:dtype())
+        assert.equal(ffi.string(values.data, values.nbytes), files.bytes(list[2]), kind)
+        assert.same(files.parts(files.quantize(list[2], "nf4", 32)), files.parts(list[3]))
+        local rows = F.embedding(list[1], wane.tensor({ { 2, 0 } }, "i32"), require("wane.core").C.WANE_F32)
+        assert.equal(files.bytes(list[2]):sub(8 * K + 1) .. files.bytes(list[2]):sub(1, 4 * K), files.bytes(rows), kind)
+      end
+    end)
+
+    it("says what it does not apply: a second scale, more layers than tensors", function()
+      local base = { pair("general.architecture", 8, str "llama"), pair("llama.block_count", 4, u32(4000000000)) }
+      local tensors = { { "output.weight", { 64, 1 }, 40, 0 }, { "output.scale", { 1 }, 0, 64 } }
+      local g, message, code = checkpoint.open(path_of(files.gguf(base, tensors, ("\0"):rep(68))))
+      assert.is_nil(g)
+      assert.equal("WANE_E_FORMAT", code)
+      assert.truthy(message:find("promises 4000000000 layers", 1, true), message)
+      base[2] = nil
+      g = assert(checkpoint.open(path_of(files.gguf(base, tensors, ("\0"):rep(68)))))
+      local list
+      list, message = loader.load(g, { { entry = g:find "lm_head.weight" } })
+      assert.is_nil(list)
+      assert.truthy(message:find("output.scale", 1, true), message)
     end)
 
     it("gives rope scaling: stored factors as longrope, the others by name", function()

@@ -135,7 +135,8 @@ end)
 describe("a row alone and in a batch", function()
   local weights = {
     q4_0 = function(r) return gguf(r, "q4_0", 19, 288) end, q6_k = function(r) return gguf(r, "q6_k", 19, 512) end,
-    q4_k = function(r) return gguf(r, "q4_k", 19, 512) end, iq4_nl = function(r) return gguf(r, "iq4_nl", 19, 288) end, block8 = function(r) return block8(r, "block8", 19, 300, 64) end,
+    q4_k = function(r) return gguf(r, "q4_k", 19, 512) end, iq4_nl = function(r) return gguf(r, "iq4_nl", 19, 288) end,
+    block8 = function(r) return block8(r, "block8", 19, 300, 64) end,
     int8 = function(r) return int8(r, 19, 300) end,
   }
   for name, make in pairs(weights) do
@@ -162,7 +163,8 @@ end)
 
 describe("the backward product", function()
   local weights = {
-    q8_0 = function(r) return gguf(r, "q8_0", 21, 96) end, mxfp4 = function(r) return gguf(r, "mxfp4", 21, 96) end, q4_k = function(r) return gguf(r, "q4_k", 21, 256) end,
+    q8_0 = function(r) return gguf(r, "q8_0", 21, 96) end, mxfp4 = function(r) return gguf(r, "mxfp4", 21, 96) end,
+    q4_k = function(r) return gguf(r, "q4_k", 21, 256) end,
     block8 = function(r) return block8(r, "block8", 21, 100, 64) end, int8 = function(r) return int8(r, 21, 70) end,
   }
   for name, make in pairs(weights) do

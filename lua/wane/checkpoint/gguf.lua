@@ -39,7 +39,8 @@ local function rope_scaling(ix, get)
   local factors = vector(ix, "rope_freqs.weight")
   local original = get "rope.scaling.original_context_length"
   if factors then
-    return { rope_type = "longrope", short_factor = factors, long_factor = factors, attention_factor = 1, original_max_position_embeddings = get "context_length" }
+    return { rope_type = "longrope", short_factor = factors, long_factor = factors, attention_factor = 1,
+             original_max_position_embeddings = get "context_length" }
   end
   local short, long = vector(ix, "rope_factors_short.weight"), vector(ix, "rope_factors_long.weight")
   if short and long then
@@ -53,6 +54,12 @@ local function rope_scaling(ix, get)
     attention_factor = either(get "rope.scaling.yarn_attn_factor", get "rope.scaling.attn_factor"),
     beta_fast = get "rope.scaling.yarn_beta_fast", beta_slow = get "rope.scaling.yarn_beta_slow",
   }
+end
+
+-- Rows of the first layer's up projection: some converters say four times the width whatever it is.
+local function ffn_width(ix)
+  local e = ix:find "blk.0.ffn_up.weight"
+  return e and e.shape[1]
 end
 
 -- Values of a head.
@@ -143,6 +150,7 @@ end
 function build.phi2(c, get, ix)
   c.model_type, c.architectures = "phi", { "PhiForCausalLM" }
   c.num_key_value_heads = get "attention.head_count_kv"
+  c.intermediate_size = ffn_width(ix)
   c.layer_norm_eps = get "attention.layer_norm_epsilon"
   c.partial_rotary_factor = (get "rope.dimension_count" or head_width(c)) / head_width(c)
   c.rope_theta = get "rope.freq_base" or 10000
@@ -168,15 +176,17 @@ function build.gptneox(c, get)
   c.attention_bias = true
 end
 
-function build.gptj(c, get)
+function build.gptj(c, get, ix)
   c.model_type, c.architectures = "gptj", { "GPTJForCausalLM" }
+  c.intermediate_size = ffn_width(ix)
   c.layer_norm_epsilon = get "attention.layer_norm_epsilon"
   c.rotary_dim = get "rope.dimension_count"
   c.activation_function = "gelu_new"
 end
 
-function build.gpt2(c, get)
+function build.gpt2(c, get, ix)
   c.model_type, c.architectures = "gpt2", { "GPT2LMHeadModel" }
+  c.intermediate_size = ffn_width(ix)
   c.layer_norm_epsilon = get "attention.layer_norm_epsilon"
   c.activation_function = "gelu_new"
 end
@@ -192,7 +202,7 @@ function build.falcon(c, get, ix)
   c.num_kv_heads = get "attention.head_count_kv" or 1
   c.layer_norm_epsilon = get "attention.layer_norm_epsilon"
   c.rope_theta = get "rope.freq_base" or 10000
-  c.ffn_hidden_size, c.activation = c.intermediate_size, "gelu"
+  c.ffn_hidden_size, c.activation = ffn_width(ix), "gelu"
   c.parallel_attn, c.alibi, c.bias = true, false, ix:has "blk.0.attn_qkv.bias"
   local two = ix:has "blk.0.attn_norm_2.weight"
   c.new_decoder_architecture = two or (c.num_kv_heads > 1 and c.num_kv_heads < c.num_attention_heads)

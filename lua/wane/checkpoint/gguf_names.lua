@@ -149,10 +149,6 @@ end
 local inverses = {}
 for name, map in pairs(architectures) do inverses[name] = inverse(map) end
 
---- Does wane know how this architecture's tensors are called and arranged?
--- @param names string a table of this file
-function M.knows(names) return architectures[names] ~= nil end
-
 --- Is this no weight (a buffer, or what the config is made from)?
 function M.is_other(name) return other[name] or name:find "%.attn_rot_embd%." ~= nil or name:find "%.attn_rot_embd$" ~= nil end
 

@@ -121,14 +121,14 @@ local function rows_of(item)
   local cols = e.shape[#e.shape]
   local rows = 1
   for i = 1, #e.shape - 1 do rows = rows * e.shape[i] end
-  local row_bytes, out_bytes = e.bytes / rows, cols * layout.widths[item.dtype]
+  local row_bytes, out_bytes, from = e.bytes / rows, cols * layout.widths[item.dtype], (e.piece or 0) * e.bytes
   local most = math.max(1, math.floor(PIECE / math.max(row_bytes, out_bytes)))
   local buffer = ffi.new("char[?]", most * row_bytes)
   local blocks = core.dtype(e.dtype) >= C.WANE_DTYPE_PLAIN
   return function(at)
     local first = at / out_bytes
     local count = math.min(most, rows - first)
-    local status = C.wane_index_read(e.index:live(), e.i, first * row_bytes, buffer, count * row_bytes)
+    local status = C.wane_index_read(e.index:live(), e.i, from + first * row_bytes, buffer, count * row_bytes)
     if status < 0 then return core.failure(status) end
     return core.scope(function()
       local raw, h = core.handle_type(), core.handle_type()
@@ -168,8 +168,9 @@ local function item_of(ckpt, name, entry, scheme, opts)
     if opts.on_tensor then item.written = function(t) opts.on_tensor(name, t, entry) end end
   else
     item.dtype = plain_dtype(entry, #entry.shape > 0 and opts.dtype or nil)
-    if entry.arrange == "transpose" then                 -- what stays plain stays as its format has it
-      entry.arrange, item.shape = nil, { entry.shape[2], entry.shape[1] }
+    -- What stays plain stays as its format has it: a matrix that is turned when it is read from a folder, or was turned for GGUF.
+    if #entry.shape == 2 and names.is_transposed(ckpt.model_type, name) then
+      entry.arrange, item.shape = entry.arrange ~= "transpose" and "transpose" or nil, { entry.shape[2], entry.shape[1] }
       entry.shape = item.shape
     end
     local large = entry.bytes > PIECE and #entry.shape > 1 and entry.dtype and not entry.arrange
