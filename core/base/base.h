@@ -20,8 +20,10 @@ void *wane_regrow(void *old, size_t keep, size_t bytes, const char *what);
 void wane_release(void *p);
 /* strdup through the allocator. */
 char *wane_copy_string(const char *text);
-/* Anonymous pages, zeroed, touched on first use; huge pages asked for when large. NULL with the error set. */
+/* Anonymous pages, zeroed, touched on first use. NULL with the error set. */
 void *wane_pages_alloc(size_t bytes, const char *what);
+/* The same for what will be filled whole and read often: side by side in regions that ask for huge pages. Freed alike. */
+void *wane_pages_dense(size_t bytes, const char *what);
 void wane_pages_free(void *p, size_t bytes);
 /* Books mapped file bytes for wane_memory_read. */
 void wane_count_mapped(int64_t bytes);

@@ -177,7 +177,7 @@ static int assemble(wane_stream *s, wane_handle *out, int dtype, int ndim, const
  * their own. */
 static wane_tensor *make_shaped(wane_stream *s, wane_handle *out, int dtype, int64_t count, int ndim, const int64_t *shape) {
   int64_t bytes = count * wane_size_of(dtype);
-  wane_storage *st = wane_storage_new(s, bytes >= 1 << 20 ? WANE_STORAGE_PAGES : WANE_STORAGE_POOL, (size_t)bytes);
+  wane_storage *st = wane_storage_new(s, bytes >= 1 << 20 ? WANE_STORAGE_DENSE : WANE_STORAGE_POOL, (size_t)bytes);
   return st ? wane_make_over(s, out, dtype, ndim, shape, st, st->data) : NULL;
 }
 static wane_tensor *make_part(wane_stream *s, wane_handle *out, int dtype, int64_t count) {

@@ -92,16 +92,15 @@ int wane_file_map(wane_file *f) {
   return WANE_OK;
 }
 
-enum { PAGES_FROM = 64 << 10, HUGE_FROM = 4 << 20 };
+enum { PAGES_FROM = 64 << 10 };
 
 wane_mapping *wane_mapping_block(size_t bytes, const char *what) {
   wane_mapping *m = mapping_new();
   if (!m) return NULL;
   m->kind = bytes >= PAGES_FROM ? WANE_MAPPING_PAGES : WANE_MAPPING_HEAP;
   m->bytes = bytes;
-  m->base = m->kind == WANE_MAPPING_PAGES ? wane_pages_alloc(bytes, what) : wane_alloc(bytes ? bytes : 1, what);
+  m->base = m->kind == WANE_MAPPING_PAGES ? wane_pages_dense(bytes, what) : wane_alloc(bytes ? bytes : 1, what);
   if (!m->base) { wane_release(m); return NULL; }
-  if (bytes >= HUGE_FROM) madvise(m->base, bytes, MADV_HUGEPAGE);   /* only a hint: weights are read front to back */
   return m;
 }
 

@@ -9,9 +9,8 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
-enum { PAGES_FROM = 256 << 10, HUGE_FROM = 4 << 20, DESCRIPTOR_SLAB = 128 };
+enum { PAGES_FROM = 256 << 10, DESCRIPTOR_SLAB = 128 };
 extern _Atomic int64_t wane_live_tensors;
 
 /* ---------------------------------------------------------------- size classes: eight an octave, at most 12.5 % lost */
@@ -27,10 +26,7 @@ static int size_class(size_t bytes, size_t *rounded) {
 }
 
 static void *block_alloc(size_t bytes) {
-  if (bytes < PAGES_FROM) return wane_alloc(bytes, "a tensor");
-  void *p = wane_pages_alloc(bytes, "a tensor");
-  if (p && bytes >= HUGE_FROM) madvise(p, bytes, MADV_HUGEPAGE);
-  return p;
+  return bytes < PAGES_FROM ? wane_alloc(bytes, "a tensor") : wane_pages_dense(bytes, "a tensor");
 }
 static void block_free(void *p, size_t bytes) {
   if (bytes < PAGES_FROM) wane_release(p); else wane_pages_free(p, bytes);
@@ -93,6 +89,7 @@ wane_storage *wane_storage_new(wane_stream *s, int kind, size_t bytes) {
   st->bytes = bytes;
   if (kind == WANE_STORAGE_POOL) st->data = pool_take(s, bytes, &st->size_class);
   else if (kind == WANE_STORAGE_PAGES) st->data = wane_pages_alloc(bytes, "a tensor");
+  else if (kind == WANE_STORAGE_DENSE) st->data = wane_pages_dense(bytes, "a tensor");
   else st->data = wane_alloc(bytes ? bytes : 1, "a tensor");
   if (!st->data) { storage_recycle(st); return NULL; }
   return st;
@@ -112,7 +109,8 @@ wane_storage *wane_storage_mapped(wane_stream *s, wane_mapping *mapping, void *d
 void wane_storage_drop(wane_storage *st) {
   switch (st->kind) {
     case WANE_STORAGE_POOL: break;                    /* the pool owns the block */
-    case WANE_STORAGE_PAGES: wane_pages_free(st->data, st->bytes); break;
+    case WANE_STORAGE_PAGES:
+    case WANE_STORAGE_DENSE: wane_pages_free(st->data, st->bytes); break;
     case WANE_STORAGE_MAPPED: wane_mapping_unref(st->mapping); break;
     default: wane_release(st->data);
   }

@@ -6,7 +6,7 @@
 
 /* Memory of one or more tensors. Counted by the thread that owns the stream; never touched by kernels. */
 typedef struct wane_storage wane_storage;
-enum { WANE_STORAGE_POOL, WANE_STORAGE_HEAP, WANE_STORAGE_PAGES, WANE_STORAGE_MAPPED };
+enum { WANE_STORAGE_POOL, WANE_STORAGE_HEAP, WANE_STORAGE_PAGES, WANE_STORAGE_DENSE, WANE_STORAGE_MAPPED };
 struct wane_storage {
   int32_t refs;
   int32_t kind;
