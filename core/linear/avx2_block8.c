@@ -49,7 +49,7 @@ static void fit_map(const float *code, int is_signed, wane_block8_map *map) {
   if (fabsf(map->zero) <= fabsf(code[0]) * 0x1p-22f) map->zero = 0;
 }
 
-static void prepare(const wane_op *op, uint32_t chunk) {
+void wane_block8_prepare_avx2(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_rows8 r = wane_rows8_plan(op->i[14], a.compute, a.M, a.K);
   if (chunk == 0) fit_map(op->p[9], op->i[14] == WANE_BLOCK8, (wane_block8_map *)((char *)a.work + r.map));
@@ -148,9 +148,9 @@ static void block8_dots(const wane_qview *w, int64_t n, const wane_rows8 *r, con
   else row_dots(0, 1, w, n, r, work, m, out);
 }
 
-static void product(const wane_op *op, uint32_t chunk) { wane_rows8_product(op, chunk, block8_dots); }
+void wane_block8_product_avx2(const wane_op *op, uint32_t chunk) { wane_rows8_product(op, chunk, block8_dots); }
 
 void wane_block8_register_avx2(wane_backend *b) {
-  b->ops[WANE_OP_LINEAR_PREPARE + WANE_GROUP_BLOCK8] = prepare;
-  b->ops[WANE_OP_LINEAR_ROWS + WANE_GROUP_BLOCK8] = product;
+  b->ops[WANE_OP_LINEAR_PREPARE + WANE_GROUP_BLOCK8] = wane_block8_prepare_avx2;
+  b->ops[WANE_OP_LINEAR_ROWS + WANE_GROUP_BLOCK8] = wane_block8_product_avx2;
 }

@@ -138,11 +138,6 @@ WANE_INLINE void chunk_exact(const uint8_t *q, const char *x, int64_t stride, __
   for (int m = 0; m < R; m++) sum[m] = _mm512_fmadd_ps(part[m], scale, sum[m]);
 }
 
-WANE_INLINE float sum_lanes(__m512 v) {
-  __m512i u = _mm512_castps_si512(v);
-  return avx2_sum(_mm256_add_ps(_mm256_castsi256_ps(_mm512_castsi512_si256(u)), _mm256_castsi256_ps(_mm512_extracti64x4_epi64(u, 1))));
-}
-
 /* The levels as vpermw's and vpermps's tables. */
 typedef struct tables { __m512i words; __m512 floats; } tables;
 
@@ -174,7 +169,7 @@ WANE_INLINE void block(const wane_linear_args *a, const wane_qview *w, const tab
       else chunk_exact(q + 64 * j, x + 4 * CHUNK * j, stride, scale, whole, floats, R, sum);
     }
     if (s != buffer) for (int64_t i = 0; i < per_row; i += 16) _mm_prefetch((const char *)(s + ROWS_AHEAD * per_row + i), _MM_HINT_T0);
-    for (int i = 0; i < R; i++) wane_float_put(a->y, a->dtype, (m + i) * a->N + n, sum_lanes(sum[i]) + wane_linear_bias(a, n));
+    for (int i = 0; i < R; i++) wane_float_put(a->y, a->dtype, (m + i) * a->N + n, avx512_sum(sum[i]) + wane_linear_bias(a, n));
   }
 }
 

@@ -48,7 +48,12 @@ void wane_rows8_prepare_avx2(const wane_op *op, uint32_t chunk);
 /* ROWS with given dot products: 16 weight rows at a time meet four rows of x. */
 void wane_rows8_product(const wane_op *op, uint32_t chunk, wane_rows8_dots dots);
 
+/* Blockwise 8-bit weights in f32, any shape and compute mode. */
+void wane_block8_prepare_avx2(const wane_op *op, uint32_t chunk);
+void wane_block8_product_avx2(const wane_op *op, uint32_t chunk);
+
 void wane_gguf_register_avx2(wane_backend *b);
 void wane_block8_register_avx2(wane_backend *b);
 void wane_int8_rows_register_avx2(wane_backend *b);
+void wane_block8_register_avx512(wane_backend *b);
 #endif
