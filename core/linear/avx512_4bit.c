@@ -26,13 +26,18 @@ static int64_t row_bytes(int mode, int64_t K) { return chunks_of(K) * (mode == I
 
 /* 64 values of x (at < K) into one half of a chunk, as whole numbers. Returns the factor that makes products of whole numbers x times level. */
 static float quantize_half(const void *x, int dtype, int64_t at, int half, int16_t *out) {
-  static const int order[4] = { 1, 0, 3, 2 };
-  _Alignas(32) int32_t whole[BLOCK];
-  __m256i d[8];
+#define EVERY4(q) q, q + 4, q + 8, q + 12, q + 16, q + 20, q + 24, q + 28, q + 32, q + 36, q + 40, q + 44, q + 48, q + 52, q + 56, q + 60
+  static const _Alignas(64) int16_t index[64] = { EVERY4(1), EVERY4(0), EVERY4(3), EVERY4(2) };
+#undef EVERY4
+  __m256i d[8], w[4];
   float factor = avx2_quantize64(x, dtype, at, X_MAX, d);
-  for (int i = 0; i < 8; i++) _mm256_store_si256((__m256i *)(void *)(whole + 8 * i), d[i]);
-  for (int q = 0; q < 4; q++)
-    for (int i = 0; i < 16; i++) out[32 * q + 16 * half + i] = (int16_t)whole[4 * i + order[q]];
+  for (int i = 0; i < 4; i++) w[i] = _mm512_cvtepi32_epi16(_mm512_inserti64x4(_mm512_castsi256_si512(d[2 * i]), d[2 * i + 1], 1));
+  __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(w[0]), w[1], 1), high = _mm512_inserti64x4(_mm512_castsi256_si512(w[2]), w[3], 1);
+  for (int q = 0; q < 4; q += 2) {
+    __m512i v = _mm512_permutex2var_epi16(low, _mm512_load_si512(index + 16 * q), high);
+    _mm256_storeu_si256((__m256i *)(void *)(out + 32 * q + 16 * half), _mm512_castsi512_si256(v));
+    _mm256_storeu_si256((__m256i *)(void *)(out + 32 * q + 32 + 16 * half), _mm512_extracti64x4_epi64(v, 1));
+  }
   return factor / LEVEL_MAX;
 }
 
@@ -44,7 +49,7 @@ static void prepare_row(const void *x, int dtype, int64_t K, int mode, char *out
     int half = (int)(k / BLOCK % 2);
     if (mode == INT16) {
       float factor = quantize_half(x, dtype, k, half, (int16_t *)(void *)out + c * CHUNK);
-      for (int i = 0; i < 8; i++) scale[c * 16 + half * 8 + i] = factor;
+      _mm256_storeu_ps(scale + c * 16 + half * 8, _mm256_set1_ps(factor));
     } else
       for (int i = 0; i < BLOCK; i++) ((float *)(void *)out)[c * CHUNK + (i % 8 ^ 1) * 16 + half * 8 + i / 8] = wane_float_at(x, dtype, k + i);
   }
