@@ -239,6 +239,41 @@ describe("scopes and handles", function()
     assert.equal(before, tonumber(memory().heap))
   end)
 
+  it("large blocks lie side by side: giving one back leaves its neighbours as they are, and lowers the resident memory", function()
+    local blocks, freed = {}, 0
+    C.wane_stream_trim(core.stream(), 0)
+    core.wait()
+    for i = 1, 40 do
+      local values = i % 10 == 0 and 5000000 or 65537 * (1 + i % 7)             -- 20 MB; 256 KiB and one value to 1.8 MB
+      local h = core.handle_type()
+      core.check(C.wane_tensor_new(core.stream(), h, C.WANE_F32, 1, ffi.new("int64_t[1]", values)))
+      core.check(C.wane_fill(core.stream(), h, i))
+      blocks[i] = { tensor = require("wane.tensor").wrap(h), values = values }
+    end
+    core.wait()
+    local before, heap = tonumber(memory().rss), tonumber(memory().heap)
+    for i = 1, 40, 2 do
+      freed = freed + blocks[i].values * 4
+      blocks[i].tensor:close()
+    end
+    for i = 20, 40, 20 do
+      freed = freed + blocks[i].values * 4
+      blocks[i].tensor:close()
+    end
+    C.wane_stream_trim(core.stream(), 0)
+    core.wait()
+    local m = memory()
+    assert.is_true(heap - tonumber(m.heap) >= freed, "heap")
+    assert.is_true(before - tonumber(m.rss) >= 0.9 * freed, ("%.0f bytes were freed, %.0f came back"):format(freed, before - tonumber(m.rss)))
+    for i = 2, 38, 2 do
+      if i ~= 20 then
+        local v = F.read(blocks[i].tensor, "float")
+        assert.same({ i, i, i }, { v[0], v[math.floor(blocks[i].values / 2)], v[blocks[i].values - 1] })
+        blocks[i].tensor:close()
+      end
+    end
+  end)
+
   it("every allocation of a small computation may fail: a clear error, then all is well", function()
     local failures = 0
     for n = 1, 200 do
