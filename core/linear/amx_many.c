@@ -89,14 +89,14 @@ static void pack(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
   __m512i order[2];
-  if (a.compute == WANE_COMPUTE_F32) { avx2_pack(op, chunk); return; }
+  if (a.compute == WANE_COMPUTE_F32) { avx512_pack(op, chunk); return; }
   word_order(order);
   pack_tiles(&a, op, chunk, a.K, is_fast(&w) ? order : NULL, 1);
 }
 
 static void back_pack(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
-  if (a.compute == WANE_COMPUTE_F32) { avx2_back_pack(op, chunk); return; }
+  if (a.compute == WANE_COMPUTE_F32) { avx512_back_pack(op, chunk); return; }
   pack_tiles(&a, op, chunk, a.N, NULL, 0);
 }
 
@@ -226,7 +226,7 @@ static void many(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
   int64_t lo, hi;
-  if (a.compute == WANE_COMPUTE_F32 || a.K == 0) { avx2_many(op, chunk); return; }
+  if (a.compute == WANE_COMPUTE_F32 || a.K == 0) { avx512_many(op, chunk); return; }
   cut cut = forward_cut(&a);
   wane_op_range(op, chunk, a.N, cut.rows, &lo, &hi);
   if (lo == hi) return;
@@ -316,7 +316,7 @@ static void back(const wane_op *op, uint32_t chunk) {
   wane_qview w = wane_qview_load(op);
   __m512i bytes[4];
   int64_t lo, hi;
-  if (a.compute == WANE_COMPUTE_F32 || a.N == 0) { avx2_back(op, chunk); return; }
+  if (a.compute == WANE_COMPUTE_F32 || a.N == 0) { avx512_back(op, chunk); return; }
   wane_op_range(op, chunk, a.K, BLOCK, &lo, &hi);
   if (lo == hi) return;
   byte_order(bytes);

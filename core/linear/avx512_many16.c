@@ -44,7 +44,7 @@ static void pack(const wane_op *op, uint32_t chunk) {
   wane_qview w = wane_qview_load(op);
   int16_t index[BLOCK];
   int64_t lo, hi;
-  if (!usable(&a, &w)) { avx2_pack(op, chunk); return; }
+  if (!usable(&a, &w)) { avx512_pack(op, chunk); return; }
   for (int i = 0; i < BLOCK; i++) index[i] = (int16_t)element(i);
   const __m512i order[2] = { _mm512_loadu_si512(index), _mm512_loadu_si512(index + 32) };
   wane_op_range(op, chunk, a.M, TILE_N, &lo, &hi);
@@ -111,31 +111,14 @@ static void multiply_tile(const int16_t *rows, const float *scale, const char *x
   }
 }
 
-/* Tiles [groups][12][32] of a panel to y, turned sixteen rows by sixteen tokens. */
-static void write_panel(const wane_linear_args *a, const float *c, int64_t m, int64_t tokens, int64_t n, int64_t count) {
-  _Alignas(64) float turned[16][16];
-  for (int64_t i = 0; i < count; i += 16)
-    for (int64_t half = 0; half < tokens; half += 16) {
-      int64_t width = count - i < 16 ? count - i : 16;
-      float bias[16] = { 0 };
-      for (int64_t j = 0; j < width; j++) bias[j] = wane_linear_bias(a, n + i + j);
-      wane_transpose16(c + i * TILE_N + half, TILE_N * 4, turned, 64);
-      for (int64_t t = 0; t < 16 && half + t < tokens; t++) {
-        int64_t at = (m + half + t) * a->N + n + i, j = 0;
-        for (; j + 8 <= width; j += 8) avx2_store(a->y, a->dtype, at + j, _mm256_add_ps(_mm256_load_ps(turned[t] + j), _mm256_loadu_ps(bias + j)));
-        for (; j < width; j++) wane_float_put(a->y, a->dtype, at + j, turned[t][j] + bias[j]);
-      }
-    }
-}
-
 /* Rows [n, n + count) of W, count <= BLOCK_ROWS, against all tokens. */
 static void many_block(const wane_linear_args *a, const wane_qview *w, __m512i levels, int64_t n, int64_t count) {
   enum { STEPS = STEP / BLOCK };
   int64_t groups = (count + TILE_M - 1) / TILE_M, panels = (a->M + TILE_N - 1) / TILE_N;
   int16_t *rows = wane_scratch();                                 // [count][STEP]
   float *scale = (float *)(void *)(rows + BLOCK_ROWS * STEP);     // [count][STEP / 64]
-  float *c = scale + BLOCK_ROWS * STEPS;                          // [panels][groups][12][32], and rows that write_panel may read
-  float *expanded = c + WANE_LINEAR_SLICE * BLOCK_ROWS + 16 * TILE_N;
+  float *c = scale + BLOCK_ROWS * STEPS;                          // [panels][groups][12][32]
+  float *expanded = c + WANE_LINEAR_SLICE * BLOCK_ROWS;
   memset(c, 0, (size_t)(panels * groups * TILE) * 4);
   for (int64_t k = 0; k < a->K; k += STEP) {
     int64_t step = a->K - k < STEP ? a->K - k : STEP;
@@ -152,7 +135,7 @@ static void many_block(const wane_linear_args *a, const wane_qview *w, __m512i l
   }
   for (int64_t p = 0; p < panels; p++) {
     int64_t m = p * TILE_N;
-    write_panel(a, c + p * groups * TILE, m, a->M - m < TILE_N ? a->M - m : TILE_N, n, count);
+    avx512_write_panel(a, c + p * groups * TILE, m, a->M - m < TILE_N ? a->M - m : TILE_N, n, count);
   }
 }
 
@@ -161,7 +144,7 @@ static void many(const wane_op *op, uint32_t chunk) {
   wane_qview w = wane_qview_load(op);
   int16_t levels[32];
   int64_t lo, hi;
-  if (!usable(&a, &w)) { avx2_many(op, chunk); return; }
+  if (!usable(&a, &w)) { avx512_many(op, chunk); return; }
   for (int i = 0; i < 32; i++) levels[i] = (int16_t)lrintf((w.dtype == WANE_NF4 ? wane_nf4_levels : wane_fp4_levels)[i % 16] * LEVEL_MAX);
   wane_op_range(op, chunk, a.N, TILE_M, &lo, &hi);
   for (int64_t n = lo; n < hi; n += BLOCK_ROWS) many_block(&a, &w, _mm512_loadu_si512(levels), n, hi - n < BLOCK_ROWS ? hi - n : BLOCK_ROWS);

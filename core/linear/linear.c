@@ -16,7 +16,8 @@ int wane_linear_group(int dtype) {
 }
 
 int64_t wane_linear_work_bytes(int64_t rows, int64_t width) {
-  int64_t r = (rows + 63) / 64 * 64, w, values, bytes;
+  int64_t r = (rows + 63) / 64 * 64, dozens = (rows + 11) / 12 * 12, w, values, bytes;
+  if (r < dozens) r = dozens;
   if (width > INT64_MAX - 255) return -1;
   w = (width + 255) / 256 * 256;
   if (__builtin_mul_overflow(r, w, &values) || values > INT64_MAX / 8 || w > INT64_MAX / 32) return -1;

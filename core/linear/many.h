@@ -1,0 +1,185 @@
+/* many.h: many rows of x times a weight of any kind, and the backward, with f32 products. Written once on the vectors of vec.h:
+ * avx2_many.c and avx512_many.c define WANE_VEC and MANY, the prefix of the exported names, and include it.
+ *
+ * One register tile does both: C [TILE_M][TILE_N] += A [TILE_M][k] (each value broadcast) times B [k][TILE_N] (two registers).
+ *   forward   A = decoded rows of W, B = tokens of x packed side by side: W's rows need no shuffling, C is y transposed
+ *   backward  A = rows of dy, B = columns of decoded rows of W: C is dx
+ * AVX2's tile is 6 x 16, AVX-512's 12 x 32: three quarters of the registers hold sums. A panel of B that has at most one register's
+ * tokens left takes half of the tile, so that a short batch does not pay for a full one.
+ * The contraction is cut in runs, so that a B panel (16 KiB) stays in the first-level cache while all A rows of a block pass by, and
+ * A and the C tiles wait in the second level. Each element of C is one chain of fused additions in rising k: it does not depend on
+ * how many rows there are, nor on where a tile begins. */
+#ifndef WANE_MANY_H
+#define WANE_MANY_H
+#include "linear.h"
+#include "../x86/vec.h"
+
+enum {
+  TILE_M = VEC_REGISTERS * 3 / 8, TILE_N = 2 * VW, TILE = TILE_M * TILE_N,
+  STEP = 256,                              /* values of a row that are decoded at once, whole blocks of every kind; stride of A's rows */
+  RUN = 4096 / TILE_N,                     /* values of a row that a tile takes at once */
+  BLOCK_ROWS = 48 * VW / 8, BLOCK_COLUMNS = 4 * TILE_N
+};
+
+/* c [TILE_M][TILE_N] (+)= a [TILE_M][k], rows STEP apart, times b [k][TILE_N]; `registers` (a constant) of two of a row. */
+VEC void multiply_part(const float *a, const float *b, int64_t k, float *c, int first, const int registers) {
+  vf s[TILE_M][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < TILE_M; i++) {
+    s[i][0] = first ? vf_zero() : vf_load(c + i * TILE_N);
+    if (registers == 2) s[i][1] = first ? vf_zero() : vf_load(c + i * TILE_N + VW);
+  }
+#pragma GCC unroll 2
+  for (; k > 0; k--, a++, b += TILE_N) {
+    vf b0 = vf_load(b), b1 = registers == 2 ? vf_load(b + VW) : b0;
+#pragma GCC unroll 12
+    for (int i = 0; i < TILE_M; i++) {
+      vf v = vf_set1(a[i * STEP]);
+      s[i][0] = vf_fma(v, b0, s[i][0]);
+      if (registers == 2) s[i][1] = vf_fma(v, b1, s[i][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < TILE_M; i++) {
+    vf_store(c + i * TILE_N, s[i][0]);
+    if (registers == 2) vf_store(c + i * TILE_N + VW, s[i][1]);
+  }
+}
+
+/* The same for the `columns` of c that are wanted. */
+static void multiply_tile(const float *a, const float *b, int64_t k, float *c, int first, int64_t columns) {
+  if (columns > VW) multiply_part(a, b, k, c, first, 2);
+  else multiply_part(a, b, k, c, first, 1);
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ================================================================ forward */
+
+/* x -> panels [ceil(M / TILE_N)][K][TILE_N] of f32. Tokens past the end are zero, but a register of them is not written. */
+void MANY(pack)(const wane_op *op, uint32_t chunk) {
+  wane_linear_args a = wane_linear_load(op);
+  int64_t lo, hi, size = a.dtype == WANE_F32 ? 4 : 2;
+  wane_op_range(op, chunk, a.M, 32, &lo, &hi);
+  for (int64_t m = lo; m < hi; m += VW) {
+    float *out = (float *)a.work + m / TILE_N * a.K * TILE_N + m % TILE_N;
+    const char *x = (const char *)a.x + m * a.K * size;
+    int rows = vec_left(m, hi);
+    for (int64_t k = 0; k < a.K; k += VW) {
+      int width = vec_left(k, a.K);
+      vf r[VW];
+      if (rows == VW && width == VW) {
+        vec_load_transposed(r, x + k * size, a.K * size, a.dtype);
+      } else {
+        for (int i = 0; i < VW; i++) r[i] = i < rows ? vf_get_n(x, a.dtype, i * a.K + k, width) : vf_zero();
+        vec_transpose(r);
+      }
+      for (int i = 0; i < width; i++) vf_store(out + (k + i) * TILE_N, r[i]);
+    }
+  }
+}
+
+/* Writes a panel's tiles to y: tokens [m, m + tokens), rows [n, n + count) of W. c: rows of TILE_N. */
+void MANY(write_panel)(const wane_linear_args *a, const float *c, int64_t m, int64_t tokens, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < count; i += VW) {
+    int width = vec_left(i, count);
+    float bias[VW] = { 0 };
+    for (int j = 0; j < width; j++) bias[j] = wane_linear_bias(a, n + i + j);
+    const vf add = vf_load(bias);
+    for (int64_t t = 0; t < tokens; t += VW) {
+      vf r[VW];
+      for (int j = 0; j < VW; j++) r[j] = j < width ? vf_load(c + (i + j) * TILE_N + t) : vf_zero();
+      vec_transpose(r);
+      for (int j = 0; j < VW && t + j < tokens; j++) vf_put_n(a->y, a->dtype, (m + t + j) * a->N + n + i, vf_add(r[j], add), width);
+    }
+  }
+}
+
+/* Rows [n, n + count) of W, count <= BLOCK_ROWS, against all tokens. */
+static void many_block(const wane_linear_args *a, const wane_qview *w, int64_t n, int64_t count) {
+  int64_t groups = (count + TILE_M - 1) / TILE_M, panels = (a->M + TILE_N - 1) / TILE_N;
+  float *rows = wane_scratch(), *c = rows + BLOCK_ROWS * STEP;     // rows [count][STEP], c [panels][groups][TILE_M][TILE_N]
+  const wane_quant_kit *kit = wane_quant_kit_in_force();
+  if (a->K == 0) memset(c, 0, (size_t)(panels * groups * TILE) * 4);
+  for (int64_t k = 0; k < a->K; k += STEP) {
+    int64_t step = least(a->K - k, STEP);
+    for (int64_t i = 0; i < count; i++) kit->dequantize(w, (n + i) * a->K + k, step, rows + i * STEP);
+    for (int64_t i = count; i < groups * TILE_M; i++) memset(rows + i * STEP, 0, (size_t)step * 4);
+    for (int64_t r = 0; r < step; r += RUN)
+      for (int64_t p = 0; p < panels; p++) {
+        const float *b = (const float *)a->work + (p * a->K + k + r) * TILE_N;
+        for (int64_t g = 0; g < groups; g++)
+          multiply_tile(rows + g * TILE_M * STEP + r, b, least(step - r, RUN), c + (p * groups + g) * TILE, k + r == 0, a->M - p * TILE_N);
+      }
+  }
+  for (int64_t p = 0; p < panels; p++) MANY(write_panel)(a, c + p * groups * TILE, p * TILE_N, least(a->M - p * TILE_N, TILE_N), n, count);
+}
+
+void MANY(many)(const wane_op *op, uint32_t chunk) {
+  wane_linear_args a = wane_linear_load(op);
+  wane_qview w = wane_qview_load(op);
+  int64_t lo, hi;
+  wane_op_range(op, chunk, a.N, 12, &lo, &hi);
+  for (int64_t n = lo; n < hi; n += BLOCK_ROWS) many_block(&a, &w, n, least(hi - n, BLOCK_ROWS));
+}
+
+/* ================================================================ backward */
+
+static int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
+
+/* dy -> f32 [ceil(M / TILE_M)][ceil(N / STEP)][TILE_M][STEP]: what a tile reads lies together. Rows past the end are zero. */
+void MANY(back_pack)(const wane_op *op, uint32_t chunk) {
+  wane_linear_args a = wane_linear_load(op);
+  int64_t lo, hi, size = a.dtype == WANE_F32 ? 4 : 2, steps = steps_of(a.N);
+  wane_op_range(op, chunk, a.M, TILE_M, &lo, &hi);
+  for (int64_t m = lo; m < hi || (lo < hi && m % TILE_M != 0); m++)
+    for (int64_t n = 0; n < a.N; n += STEP) {
+      float *out = (float *)a.work + ((m / TILE_M * steps + n / STEP) * TILE_M + m % TILE_M) * STEP;
+      int64_t step = least(a.N - n, STEP);
+      if (m < hi) avx2_widen((const char *)a.x + (m * a.N + n) * size, a.dtype, step, out);
+      else memset(out, 0, (size_t)step * 4);
+    }
+}
+
+/* Columns [k, k + count) of dx, count <= BLOCK_COLUMNS. */
+static void back_block(const wane_linear_args *a, const wane_qview *w, int64_t k, int64_t count) {
+  enum { PANELS = BLOCK_COLUMNS / TILE_N };
+  int64_t groups = (a->M + TILE_M - 1) / TILE_M, panels = (count + TILE_N - 1) / TILE_N, steps = steps_of(a->N);
+  float *b = wane_scratch(), *c = b + PANELS * RUN * TILE_N;       // b [panels][RUN][TILE_N], c [panels][groups][TILE_M][TILE_N]
+  const wane_quant_kit *kit = wane_quant_kit_in_force();
+  float row[BLOCK_COLUMNS] = { 0 };
+  if (a->N == 0) memset(c, 0, (size_t)(panels * groups * TILE) * 4);
+  for (int64_t n = 0; n < a->N; n += RUN) {
+    int64_t run = least(a->N - n, RUN);
+    for (int64_t i = 0; i < run; i++) {
+      kit->dequantize(w, (n + i) * a->K + k, count, row);
+      for (int64_t p = 0; p < panels; p++) memcpy(b + (p * RUN + i) * TILE_N, row + p * TILE_N, TILE_N * 4);
+    }
+    for (int64_t p = 0; p < panels; p++)
+      for (int64_t g = 0; g < groups; g++) {
+        const float *dy = (const float *)a->work + (g * steps + n / STEP) * TILE_M * STEP + n % STEP;
+        multiply_tile(dy, b + p * RUN * TILE_N, run, c + (p * groups + g) * TILE, n == 0, count - p * TILE_N);
+      }
+  }
+  for (int64_t m = 0; m < a->M; m++)
+    for (int64_t i = 0; i < count; i += VW) {
+      const float *from = c + (i / TILE_N * groups * TILE_M + m) * TILE_N + i % TILE_N;
+      vf_put_n(a->y, a->dtype, m * a->K + k + i, vf_load(from), vec_left(i, count));
+    }
+}
+
+void MANY(back)(const wane_op *op, uint32_t chunk) {
+  wane_linear_args a = wane_linear_load(op);
+  wane_qview w = wane_qview_load(op);
+  int64_t lo, hi;
+  wane_op_range(op, chunk, a.K, BLOCK_COLUMNS, &lo, &hi);
+  for (int64_t k = lo; k < hi; k += BLOCK_COLUMNS) back_block(&a, &w, k, least(hi - k, BLOCK_COLUMNS));
+}
+
+void MANY(register_many)(wane_backend *b, int group) {
+  b->ops[WANE_OP_LINEAR_PACK + group] = MANY(pack);
+  b->ops[WANE_OP_LINEAR_MANY + group] = MANY(many);
+  b->ops[WANE_OP_LINEAR_BACK_PACK + group] = MANY(back_pack);
+  b->ops[WANE_OP_LINEAR_BACK + group] = MANY(back);
+}
+#endif
