@@ -3,7 +3,7 @@
  * Each 32 bytes of values (gguf_split.h) are widened by shifts, which leaves them in an order of their own; x was laid out in that order
  * (rows8.h). Up to four rows of x meet a value once it is unpacked. A row of x meets the same operations in the same order whatever
  * the number of rows. Two sums a row: one chain of fused additions would be the limit. */
-#include "gguf_split.h"
+#include "../quant/gguf_split.h"
 #include "rows8.h"
 #include "simd8.h"
 

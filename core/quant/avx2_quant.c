@@ -23,7 +23,16 @@ VEC vf quant_level(quant_levels l, vi i) {
 }
 VEC vf quant_step(vf table, vi i) { return _mm256_permutevar8x32_ps(table, i); }
 VEC vi quant_mask(vm m) { return _mm256_castps_si256(m); }
-VEC vf quant_gather(const float *table, vi i) { return _mm256_i32gather_ps(table, i, 4); }
+/* Four bytes of pairs in every lane; each lane shifts its nibble down. */
+VEC vi quant_nibbles(const uint8_t *p, int k) {
+  int32_t pairs;
+  memcpy(&pairs, p + k * 4, 4);
+  return _mm256_srlv_epi32(_mm256_set1_epi32(pairs), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+}
+
+typedef const float *quant_map;
+VEC quant_map quant_map_of(const float *table) { return table; }
+VEC vf quant_mapped(quant_map m, vi i) { return _mm256_i32gather_ps(m, i, 4); }
 VEC vi quant_gather_int(const uint32_t *table, vi i) { return _mm256_i32gather_epi32((const int *)table, i, 4); }
 VEC vi vi_umax(vi a, vi b) { return _mm256_max_epu32(a, b); }
 VEC uint32_t vi_hmax(vi v) {

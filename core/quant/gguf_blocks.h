@@ -1,5 +1,4 @@
-/* gguf_blocks.h: GGUF blocks -> f32. Included once by quant_gguf.c (portable) and once by avx2_quant_gguf.c, where the compiler
- * vectorizes the same loops; no contraction is allowed, so both give the same bits.
+/* gguf_blocks.h: GGUF blocks -> f32 in portable C, and the walk over blocks that the vector decoders (gguf_simd.h) share.
  *
  * Every kind is brought to one form first: 32 or 256 small integers, and a factor and a shift for each 16 or 32 of them;
  * value = factor * integer + shift. A kind without minimum has the shift -0.0, which changes no value, not even a zero's sign.
@@ -109,7 +108,7 @@ static inline void gguf_split_q6(const uint8_t *in, wane_gguf_parts *out) {
 }
 
 /* Values of one block. */
-static inline void gguf_decode(int dtype, const uint8_t *in, float *out) {
+static inline __attribute__((unused)) void gguf_decode(int dtype, const uint8_t *in, float *out) {
   wane_gguf_parts parts;
   int n = 256, run = 32;
   switch (dtype) {
@@ -131,19 +130,22 @@ static inline void gguf_decode(int dtype, const uint8_t *in, float *out) {
     }
 }
 
-/* Values [first, first + count) of consecutive blocks; a range may begin and end inside a block. */
-static inline void gguf_decode_range(int dtype, const uint8_t *blocks, int64_t first, int64_t count, float *out) {
-  const int n = wane_gguf_block(dtype), bytes = wane_gguf_block_bytes(dtype);
-  float whole[256];
-  while (count > 0) {
-    int64_t block = first / n, skip = first % n, take = n - skip < count ? n - skip : count;
+/* Values [first, first + count) of consecutive blocks, by a decoder of whole ones; a range may begin and end inside a block. */
+static inline __attribute__((always_inline)) void gguf_decode_range(const int dtype, const uint8_t *blocks, int64_t first, int64_t count, float *out,
+                                                                    void (*decode)(int, const uint8_t *, float *)) {
+  const int n = dtype <= WANE_Q8_0 ? 32 : dtype <= WANE_Q6_K ? 256 : wane_gguf_block(dtype), bytes = wane_gguf_block_bytes(dtype);
+  const uint8_t *in = blocks + first / n * bytes;
+  int64_t skip = first % n;
+  for (; count > 0; in += bytes, skip = 0) {
+    int64_t take = n - skip < count ? n - skip : count;
     if (take == n) {
-      gguf_decode(dtype, blocks + block * bytes, out);
+      decode(dtype, in, out);
     } else {
-      gguf_decode(dtype, blocks + block * bytes, whole);
+      float whole[256];
+      decode(dtype, in, whole);
       memcpy(out, whole + skip, (size_t)take * sizeof(float));
     }
-    first += take, count -= take, out += take;
+    count -= take, out += take;
   }
 }
 #endif

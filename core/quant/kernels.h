@@ -29,7 +29,6 @@ void wane_quant_run_dequantize(const wane_op *op, uint32_t chunk, const wane_qua
   }
 
 void wane_gguf_range_generic(int dtype, const uint8_t *blocks, int64_t first, int64_t count, float *out);
-void wane_gguf_range_avx2(int dtype, const uint8_t *blocks, int64_t first, int64_t count, float *out);
 
 /* wane_quantize_nested with a given kit. */
 void wane_quantize_nested_with(const wane_quant_kit *kit, const float *absmax, int64_t nb, uint8_t *codes, float *nested_absmax,

@@ -34,5 +34,5 @@ void wane_gguf_fill_grids(void) {
 }
 
 void wane_gguf_range_generic(int dtype, const uint8_t *blocks, int64_t first, int64_t count, float *out) {
-  gguf_decode_range(dtype, blocks, first, count, out);
+  gguf_decode_range(dtype, blocks, first, count, out, gguf_decode);
 }

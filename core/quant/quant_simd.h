@@ -8,26 +8,25 @@
  * Primitives (v: an array of UNIT / VW vectors; table: f32 [16], [256] or u32):
  *   vi  quant_bytes(p, k)        bytes p[k * VW ..] as integers
  *   void quant_put(p, v)         the low byte of each of 32 integers
- *   vf  quant_level(levels, i)   levels[i], i in 0..15, levels a quant_levels
+ *   vf  quant_level(levels, i)   levels[the low four bits of i], levels a quant_levels
+ *   vi  quant_nibbles(p, k)      codes k * VW .. of packed pairs at p, with other bits above the low four
  *   vf  quant_step(table, i)     table[i], i in 0..7 (a step of the search), table a vf
  *   vi  quant_mask(m)            -1 where the truth value holds
- *   vf  quant_gather(table, i), vi quant_gather_int(table, i)
+ *   vf  quant_mapped(map, i)     map[i], i in 0..255, map a quant_map
+ *   vi  quant_gather_int(table, i)
  *   vi  vi_umax(a, b), uint32_t vi_hmax(v) unsigned maximum, a lane and over all lanes */
 #include "kernels.h"
 #include "tables.h"
 
 enum { UNIT = 32, PARTS = UNIT / VW };
 
+#include "gguf_simd.h"
+
 #define EACH(k) for (int k = 0; k < PARTS; k++)
 
 /* ---- units ---- */
 
-/* 16 bytes of 4-bit codes <-> 32 codes, the earlier of a pair in the high nibble. */
-VEC __m256i spread_nibbles(const uint8_t *p) {
-  __m128i byte = _mm_loadu_si128((const __m128i *)p), mask = _mm_set1_epi8(15);
-  __m128i high = _mm_and_si128(_mm_srli_epi16(byte, 4), mask), low = _mm_and_si128(byte, mask);
-  return _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low));
-}
+/* 32 codes -> 16 bytes, the earlier of a pair in the high nibble. */
 VEC void pack_nibbles(uint8_t *p, const uint8_t *code) {
   __m256i pair = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i *)code), _mm256_set1_epi16(0x0110)); /* first * 16 + second */
   pair = _mm256_permute4x64_epi64(_mm256_packus_epi16(pair, pair), 0x08);
@@ -216,13 +215,11 @@ static void quantize_rows(const void *x, int dtype, int64_t rows, int64_t K, int
 /* ---- dequantize: runs of values that share a scale ---- */
 
 VEC void values_4bit(quant_levels levels, const uint8_t *codes, vf scale, float *out) {
-  uint8_t code[UNIT];
-  _mm256_storeu_si256((__m256i *)code, spread_nibbles(codes));
-  EACH(k) vf_store(out + k * VW, vf_mul(quant_level(levels, quant_bytes(code, k)), scale));
+  EACH(k) vf_store(out + k * VW, vf_mul(quant_level(levels, quant_nibbles(codes, k)), scale));
 }
 
 /* Elements [e, e + n) of the flat tensor, all of one scale. */
-static void run_4bit(quant_levels levels, const float *level, const uint8_t *codes, int64_t e, int64_t n, float scale, float *out) {
+VEC void run_4bit(quant_levels levels, const float *level, const uint8_t *codes, int64_t e, int64_t n, float scale, float *out) {
   int64_t j = 0;
   if (e % 2 && n) out[j++] = level[codes[e / 2] & 15] * scale;
   const uint8_t *from = codes + (e + j) / 2;
@@ -236,10 +233,10 @@ static void run_4bit(quant_levels levels, const float *level, const uint8_t *cod
   }
 }
 
-static void run_8bit(const float *map, const uint8_t *codes, int64_t n, float scale, float *out) {
+VEC void run_8bit(quant_map map, const float *code, const uint8_t *codes, int64_t n, float scale, float *out) {
   int64_t j = 0;
-  for (; j + VW <= n; j += VW) vf_store(out + j, vf_mul(quant_gather(map, quant_bytes(codes + j, 0)), vf_set1(scale)));
-  for (; j < n; j++) out[j] = wane_float_at(map, WANE_F32, codes[j]) * scale;
+  for (; j + VW <= n; j += VW) vf_store(out + j, vf_mul(quant_mapped(map, quant_bytes(codes + j, 0)), vf_set1(scale)));
+  for (; j < n; j++) out[j] = wane_float_at(code, WANE_F32, codes[j]) * scale;
 }
 
 /* code * scale / 127 rounded once: the quotient's f32 and what it lacks, joined by one fused multiply-add. No such product is a
@@ -255,29 +252,49 @@ static void run_int8(const int8_t *codes, int64_t n, float scale, float *out) {
   for (; j < n; j++) out[j] = (float)((double)codes[j] * (double)scale / 127.0);
 }
 
-static void widen(const void *x, int dtype, int64_t first, int64_t count, float *out) {
-  for (int64_t j = 0; j < count; j += VW) {
-    int n = vec_left(j, count);
-    vf_put_n(out, WANE_F32, j, dtype == WANE_F16 ? vf_get_n(x, WANE_F16, first + j, n) : vf_get_n(x, WANE_BF16, first + j, n), n);
-  }
+VEC void widen(const void *x, const int dtype, int64_t first, int64_t count, float *out) {
+  int64_t j = 0;
+  for (; j + VW <= count; j += VW) vf_store(out + j, vf_get(x, dtype, first + j));
+  if (j < count) vf_put_n(out, WANE_F32, j, vf_get_n(x, dtype, first + j, vec_left(j, count)), vec_left(j, count));
 }
 
-static void dequantize(const wane_qview *q, int64_t first, int64_t count, float *out) {
-  const uint8_t *codes = q->codes;
-  if (wane_gguf_block(q->dtype)) { wane_gguf_range_avx2(q->dtype, codes, first, count, out); return; }
-  if (q->dtype == WANE_F32) { memcpy(out, codes + first * 4, (size_t)count * 4); return; }
-  if (wane_is_float16(q->dtype)) { widen(codes, q->dtype, first, count, out); return; }
+/* The blocks of a range, one after the other: block b's elements [e, e + n) with its scale. */
+#define BLOCKS(length)                                                                                                    \
+  for (int64_t block = (length), b = first / block, e = first, end = first + count, n; e < end; e += n, out += n, b++)    \
+    if (n = ((b + 1) * block < end ? (b + 1) * block : end) - e, 1)
+
+static void dequantize_4bit(const wane_qview *q, int64_t first, int64_t count, float *out) {
   const float *level = q->dtype == WANE_NF4 ? wane_nf4_levels : wane_fp4_levels;
-  quant_levels levels = quant_levels_of(level);
-  int64_t block = q->dtype == WANE_INT8 ? q->cols : q->block_size;
-  for (int64_t e = first, end = first + count; e < end;) {
-    int64_t stop = (e / block + 1) * block, n = (stop < end ? stop : end) - e;
-    float scale = wane_scale_at(q, e / block);
-    if (wane_is_4bit(q->dtype)) run_4bit(levels, level, codes, e, n, scale, out);
-    else if (q->dtype != WANE_INT8) run_8bit(q->code, codes + e, n, scale, out);
-    else if (scale >= 0x1p-90f && !isinf(scale)) run_int8((const int8_t *)codes + e, n, scale, out);
+  const quant_levels levels = quant_levels_of(level);
+  BLOCKS(q->block_size) run_4bit(levels, level, q->codes, e, n, wane_scale_at(q, b), out);
+}
+
+static void dequantize_8bit(const wane_qview *q, int64_t first, int64_t count, float *out) {
+  const quant_map map = quant_map_of(q->code);
+  BLOCKS(q->block_size) run_8bit(map, q->code, (const uint8_t *)q->codes + e, n, wane_scale_at(q, b), out);
+}
+
+static void dequantize_rows(const wane_qview *q, int64_t first, int64_t count, float *out) {
+  BLOCKS(q->cols) {
+    float scale = wane_scale_at(q, b);
+    if (scale >= 0x1p-90f && !isinf(scale)) run_int8((const int8_t *)q->codes + e, n, scale, out);
     else wane_quant_generic.dequantize(q, e, n, out); /* a scale that two parts cannot carry, or no row maximum */
-    e += n, out += n;
+  }
+}
+#undef BLOCKS
+
+static void dequantize(const wane_qview *q, int64_t first, int64_t count, float *out) {
+  if (count <= 0) return;
+  switch (q->dtype) {
+    case WANE_F32: memcpy(out, (const float *)q->codes + first, (size_t)count * 4); break;
+    case WANE_F16: widen(q->codes, WANE_F16, first, count, out); break;
+    case WANE_BF16: widen(q->codes, WANE_BF16, first, count, out); break;
+    case WANE_NF4:
+    case WANE_FP4: dequantize_4bit(q, first, count, out); break;
+    case WANE_BLOCK8:
+    case WANE_BLOCK8U: dequantize_8bit(q, first, count, out); break;
+    case WANE_INT8: dequantize_rows(q, first, count, out); break;
+    default: gguf_range(q->dtype, q->codes, first, count, out);
   }
 }
 
