@@ -16,13 +16,14 @@
 
 enum {
   TILE_M = VEC_REGISTERS * 3 / 8, TILE_N = 2 * VW, TILE = TILE_M * TILE_N,
-  STEP = 256,                              /* values of a row that are decoded at once, whole blocks of every kind; stride of A's rows */
+  STEP = 256,                              /* values of a row that are decoded at once: whole blocks of every kind */
   RUN = 4096 / TILE_N,                     /* values of a row that a tile takes at once */
   BLOCK_ROWS = 48 * VW / 8, BLOCK_COLUMNS = 4 * TILE_N
 };
 
-/* c [TILE_M][TILE_N] (+)= a [TILE_M][k], rows STEP apart, times b [k][TILE_N]; `registers` (a constant) of two of a row. */
-VEC void multiply_part(const float *a, const float *b, int64_t k, float *c, int first, const int registers) {
+/* c [TILE_M][TILE_N] (+)= a [TILE_M][k], rows `stride` apart, times b [k][TILE_N]; `registers` (a constant) of two of a row. A line
+ * at `ahead` is fetched with every k: what the next tile reads and this one does not. */
+VEC void multiply_part(const float *a, const int stride, const float *b, int64_t k, float *c, int first, const int registers, const float *ahead) {
   vf s[TILE_M][2];
 #pragma GCC unroll 12
   for (int i = 0; i < TILE_M; i++) {
@@ -30,11 +31,12 @@ VEC void multiply_part(const float *a, const float *b, int64_t k, float *c, int 
     if (registers == 2) s[i][1] = first ? vf_zero() : vf_load(c + i * TILE_N + VW);
   }
 #pragma GCC unroll 2
-  for (; k > 0; k--, a++, b += TILE_N) {
+  for (; k > 0; k--, a++, b += TILE_N, ahead += 16) {
     vf b0 = vf_load(b), b1 = registers == 2 ? vf_load(b + VW) : b0;
+    _mm_prefetch((const char *)ahead, _MM_HINT_T0);
 #pragma GCC unroll 12
     for (int i = 0; i < TILE_M; i++) {
-      vf v = vf_set1(a[i * STEP]);
+      vf v = vf_set1(a[i * stride]);
       s[i][0] = vf_fma(v, b0, s[i][0]);
       if (registers == 2) s[i][1] = vf_fma(v, b1, s[i][1]);
     }
@@ -47,9 +49,15 @@ VEC void multiply_part(const float *a, const float *b, int64_t k, float *c, int 
 }
 
 /* The same for the `columns` of c that are wanted. */
-static void multiply_tile(const float *a, const float *b, int64_t k, float *c, int first, int64_t columns) {
-  if (columns > VW) multiply_part(a, b, k, c, first, 2);
-  else multiply_part(a, b, k, c, first, 1);
+VEC void multiply_tile(const float *a, const int stride, const float *b, int64_t k, float *c, int first, int64_t columns, const float *ahead) {
+  if (columns > VW) multiply_part(a, stride, b, k, c, first, 2, ahead);
+  else multiply_part(a, stride, b, k, c, first, 1, ahead);
+}
+
+/* Fetches the codes of elements [e, e + count) of W into the second-level cache; they may lie past its end. */
+VEC void fetch_codes(const wane_qview *w, int64_t bytes_of_256, int64_t e, int64_t count) {
+  const char *at = (const char *)w->codes + e * bytes_of_256 / 256, *end = at + count * bytes_of_256 / 256;
+  for (; at < end; at += 64) _mm_prefetch(at, _MM_HINT_T1);
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -97,54 +105,59 @@ void MANY(write_panel)(const wane_linear_args *a, const float *c, int64_t m, int
 
 /* Rows [n, n + count) of W, count <= BLOCK_ROWS, against all tokens. */
 static void many_block(const wane_linear_args *a, const wane_qview *w, int64_t n, int64_t count) {
-  int64_t groups = (count + TILE_M - 1) / TILE_M, panels = (a->M + TILE_N - 1) / TILE_N;
+  int64_t groups = (count + TILE_M - 1) / TILE_M, panels = (a->M + TILE_N - 1) / TILE_N, bytes = wane_dtype_bytes(w->dtype, 256);
   float *rows = wane_scratch(), *c = rows + BLOCK_ROWS * STEP;     // rows [count][STEP], c [panels][groups][TILE_M][TILE_N]
   const wane_quant_kit *kit = wane_quant_kit_in_force();
   if (a->K == 0) memset(c, 0, (size_t)(panels * groups * TILE) * 4);
   for (int64_t k = 0; k < a->K; k += STEP) {
     int64_t step = least(a->K - k, STEP);
-    for (int64_t i = 0; i < count; i++) kit->dequantize(w, (n + i) * a->K + k, step, rows + i * STEP);
+    for (int64_t i = 0; i < count; i++) {
+      fetch_codes(w, bytes, (n + i) * a->K + k + STEP, STEP);
+      kit->dequantize(w, (n + i) * a->K + k, step, rows + i * STEP);
+    }
     for (int64_t i = count; i < groups * TILE_M; i++) memset(rows + i * STEP, 0, (size_t)step * 4);
     for (int64_t r = 0; r < step; r += RUN)
       for (int64_t p = 0; p < panels; p++) {
-        const float *b = (const float *)a->work + (p * a->K + k + r) * TILE_N;
+        const float *b = (const float *)a->work + (p * a->K + k + r) * TILE_N, *ahead = b + a->K * TILE_N;
         for (int64_t g = 0; g < groups; g++)
-          multiply_tile(rows + g * TILE_M * STEP + r, b, least(step - r, RUN), c + (p * groups + g) * TILE, k + r == 0, a->M - p * TILE_N);
+          multiply_tile(rows + g * TILE_M * STEP + r, STEP, b, least(step - r, RUN), c + (p * groups + g) * TILE, k + r == 0, a->M - p * TILE_N,
+                        ahead + g % (TILE_N / 16) * RUN * 16);
       }
   }
   for (int64_t p = 0; p < panels; p++) MANY(write_panel)(a, c + p * groups * TILE, p * TILE_N, least(a->M - p * TILE_N, TILE_N), n, count);
 }
 
+/* Wide layers are cut in runs of 48 rows at least, since each run reads all of x. */
 void MANY(many)(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
   int64_t lo, hi;
-  wane_op_range(op, chunk, a.N, 12, &lo, &hi);
+  wane_op_range(op, chunk, a.N, a.N < 1024 ? 12 : 48, &lo, &hi);
   for (int64_t n = lo; n < hi; n += BLOCK_ROWS) many_block(&a, &w, n, least(hi - n, BLOCK_ROWS));
 }
 
 /* ================================================================ backward */
 
-static int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
+static int64_t runs_of(int64_t n) { return (n + RUN - 1) / RUN; }
 
-/* dy -> f32 [ceil(M / TILE_M)][ceil(N / STEP)][TILE_M][STEP]: what a tile reads lies together. Rows past the end are zero. */
+/* dy -> f32 [ceil(M / TILE_M)][ceil(N / RUN)][TILE_M][RUN]: what a tile reads lies together. Rows past the end are zero. */
 void MANY(back_pack)(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
-  int64_t lo, hi, size = a.dtype == WANE_F32 ? 4 : 2, steps = steps_of(a.N);
+  int64_t lo, hi, size = a.dtype == WANE_F32 ? 4 : 2, runs = runs_of(a.N);
   wane_op_range(op, chunk, a.M, TILE_M, &lo, &hi);
   for (int64_t m = lo; m < hi || (lo < hi && m % TILE_M != 0); m++)
-    for (int64_t n = 0; n < a.N; n += STEP) {
-      float *out = (float *)a.work + ((m / TILE_M * steps + n / STEP) * TILE_M + m % TILE_M) * STEP;
-      int64_t step = least(a.N - n, STEP);
-      if (m < hi) avx2_widen((const char *)a.x + (m * a.N + n) * size, a.dtype, step, out);
-      else memset(out, 0, (size_t)step * 4);
+    for (int64_t n = 0; n < a.N; n += RUN) {
+      float *out = (float *)a.work + ((m / TILE_M * runs + n / RUN) * TILE_M + m % TILE_M) * RUN;
+      int64_t run = least(a.N - n, RUN);
+      if (m < hi) avx2_widen((const char *)a.x + (m * a.N + n) * size, a.dtype, run, out);
+      else memset(out, 0, (size_t)run * 4);
     }
 }
 
 /* Columns [k, k + count) of dx, count <= BLOCK_COLUMNS. */
 static void back_block(const wane_linear_args *a, const wane_qview *w, int64_t k, int64_t count) {
-  enum { PANELS = BLOCK_COLUMNS / TILE_N };
-  int64_t groups = (a->M + TILE_M - 1) / TILE_M, panels = (count + TILE_N - 1) / TILE_N, steps = steps_of(a->N);
+  enum { PANELS = BLOCK_COLUMNS / TILE_N, AHEAD = 16 /* rows */ };
+  int64_t groups = (a->M + TILE_M - 1) / TILE_M, panels = (count + TILE_N - 1) / TILE_N, runs = runs_of(a->N), bytes = wane_dtype_bytes(w->dtype, 256);
   float *b = wane_scratch(), *c = b + PANELS * RUN * TILE_N;       // b [panels][RUN][TILE_N], c [panels][groups][TILE_M][TILE_N]
   const wane_quant_kit *kit = wane_quant_kit_in_force();
   float row[BLOCK_COLUMNS] = { 0 };
@@ -152,13 +165,14 @@ static void back_block(const wane_linear_args *a, const wane_qview *w, int64_t k
   for (int64_t n = 0; n < a->N; n += RUN) {
     int64_t run = least(a->N - n, RUN);
     for (int64_t i = 0; i < run; i++) {
+      fetch_codes(w, bytes, (n + i + AHEAD) * a->K + k, count);
       kit->dequantize(w, (n + i) * a->K + k, count, row);
       for (int64_t p = 0; p < panels; p++) memcpy(b + (p * RUN + i) * TILE_N, row + p * TILE_N, TILE_N * 4);
     }
     for (int64_t p = 0; p < panels; p++)
       for (int64_t g = 0; g < groups; g++) {
-        const float *dy = (const float *)a->work + (g * steps + n / STEP) * TILE_M * STEP + n % STEP;
-        multiply_tile(dy, b + p * RUN * TILE_N, run, c + (p * groups + g) * TILE, n == 0, count - p * TILE_N);
+        const float *dy = (const float *)a->work + (g * runs + n / RUN) * TILE_M * RUN, *ahead = dy + runs * TILE_M * RUN;
+        multiply_tile(dy, RUN, b + p * RUN * TILE_N, run, c + (p * groups + g) * TILE, n == 0, count - p * TILE_N, ahead);
       }
   }
   for (int64_t m = 0; m < a->M; m++)
