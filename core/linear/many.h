@@ -4,8 +4,8 @@
  * One register tile does both: C [TILE_M][TILE_N] += A [TILE_M][k] (each value broadcast) times B [k][TILE_N] (two registers).
  *   forward   A = decoded rows of W, B = tokens of x packed side by side: W's rows need no shuffling, C is y transposed
  *   backward  A = rows of dy, B = columns of decoded rows of W: C is dx
- * AVX2's tile is 6 x 16, AVX-512's 12 x 32: three quarters of the registers hold sums. A panel of B that has at most one register's
- * tokens left takes half of the tile, so that a short batch does not pay for a full one.
+ * AVX2's tile is 6 x 16, AVX-512's 12 x 32: three quarters of the registers hold sums. A panel of x with at most one register's
+ * tokens left takes a tile twice as high and half as wide, so that a short batch does not pay for a full one.
  * The contraction is cut in runs, so that a B panel (16 KiB) stays in the first-level cache while all A rows of a block pass by, and
  * A and the C tiles wait in the second level. Each element of C is one chain of fused additions in rising k: it does not depend on
  * how many rows there are, nor on where a tile begins. */
@@ -21,12 +21,13 @@ enum {
   BLOCK_ROWS = 48 * VW / 8, BLOCK_COLUMNS = 4 * TILE_N
 };
 
-/* c [TILE_M][TILE_N] (+)= a [TILE_M][k], rows `stride` apart, times b [k][TILE_N]; `registers` (a constant) of two of a row. A line
- * at `ahead` is fetched with every k: what the next tile reads and this one does not. */
-VEC void multiply_part(const float *a, const int stride, const float *b, int64_t k, float *c, int first, const int registers, const float *ahead) {
-  vf s[TILE_M][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < TILE_M; i++) {
+/* c [height][TILE_N] (+)= a [height][k], rows `stride` apart, times b [k][TILE_N]; `registers` of the two of a row. Height, stride and
+ * registers are constants. A line at `ahead` is fetched with every k: what the next tile reads and this one does not. */
+VEC void multiply_part(const float *a, const int stride, const float *b, int64_t k, float *c, int first, const int height, const int registers,
+                       const float *ahead) {
+  vf s[2 * TILE_M][2];
+#pragma GCC unroll 24
+  for (int i = 0; i < height; i++) {
     s[i][0] = first ? vf_zero() : vf_load(c + i * TILE_N);
     if (registers == 2) s[i][1] = first ? vf_zero() : vf_load(c + i * TILE_N + VW);
   }
@@ -34,24 +35,18 @@ VEC void multiply_part(const float *a, const int stride, const float *b, int64_t
   for (; k > 0; k--, a++, b += TILE_N, ahead += 16) {
     vf b0 = vf_load(b), b1 = registers == 2 ? vf_load(b + VW) : b0;
     _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-#pragma GCC unroll 12
-    for (int i = 0; i < TILE_M; i++) {
+#pragma GCC unroll 24
+    for (int i = 0; i < height; i++) {
       vf v = vf_set1(a[i * stride]);
       s[i][0] = vf_fma(v, b0, s[i][0]);
       if (registers == 2) s[i][1] = vf_fma(v, b1, s[i][1]);
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < TILE_M; i++) {
+#pragma GCC unroll 24
+  for (int i = 0; i < height; i++) {
     vf_store(c + i * TILE_N, s[i][0]);
     if (registers == 2) vf_store(c + i * TILE_N + VW, s[i][1]);
   }
-}
-
-/* The same for the `columns` of c that are wanted. */
-VEC void multiply_tile(const float *a, const int stride, const float *b, int64_t k, float *c, int first, int64_t columns, const float *ahead) {
-  if (columns > VW) multiply_part(a, stride, b, k, c, first, 2, ahead);
-  else multiply_part(a, stride, b, k, c, first, 1, ahead);
 }
 
 /* Fetches the codes of elements [e, e + count) of W into the second-level cache; they may lie past its end. */
@@ -103,6 +98,18 @@ void MANY(write_panel)(const wane_linear_args *a, const float *c, int64_t m, int
   }
 }
 
+/* All groups of decoded rows at value r of the step against `run` values of a panel: c [groups][TILE_M][TILE_N]. */
+static void multiply_panel(const float *rows, int64_t groups, const float *b, int64_t run, float *c, int first, int64_t tokens, const float *ahead) {
+  int64_t g = 0;
+  if (tokens > VW) {
+    for (; g < groups; g++)
+      multiply_part(rows + g * TILE_M * STEP, STEP, b, run, c + g * TILE, first, TILE_M, 2, ahead + g % (TILE_N / 16) * RUN * 16);
+    return;
+  }
+  for (; g + 2 <= groups; g += 2) multiply_part(rows + g * TILE_M * STEP, STEP, b, run, c + g * TILE, first, 2 * TILE_M, 1, ahead);
+  if (g < groups) multiply_part(rows + g * TILE_M * STEP, STEP, b, run, c + g * TILE, first, TILE_M, 1, ahead);
+}
+
 /* Rows [n, n + count) of W, count <= BLOCK_ROWS, against all tokens. */
 static void many_block(const wane_linear_args *a, const wane_qview *w, int64_t n, int64_t count) {
   int64_t groups = (count + TILE_M - 1) / TILE_M, panels = (a->M + TILE_N - 1) / TILE_N, bytes = wane_dtype_bytes(w->dtype, 256);
@@ -118,22 +125,22 @@ static void many_block(const wane_linear_args *a, const wane_qview *w, int64_t n
     for (int64_t i = count; i < groups * TILE_M; i++) memset(rows + i * STEP, 0, (size_t)step * 4);
     for (int64_t r = 0; r < step; r += RUN)
       for (int64_t p = 0; p < panels; p++) {
-        const float *b = (const float *)a->work + (p * a->K + k + r) * TILE_N, *ahead = b + a->K * TILE_N;
-        for (int64_t g = 0; g < groups; g++)
-          multiply_tile(rows + g * TILE_M * STEP + r, STEP, b, least(step - r, RUN), c + (p * groups + g) * TILE, k + r == 0, a->M - p * TILE_N,
-                        ahead + g % (TILE_N / 16) * RUN * 16);
+        const float *run = (const float *)a->work + (k + r) * TILE_N, *b = run + p * a->K * TILE_N;
+        const float *ahead = p + 1 < panels ? b + a->K * TILE_N : run + RUN * TILE_N;
+        multiply_panel(rows + r, groups, b, least(step - r, RUN), c + p * groups * TILE, k + r == 0, a->M - p * TILE_N, ahead);
       }
   }
   for (int64_t p = 0; p < panels; p++) MANY(write_panel)(a, c + p * groups * TILE, p * TILE_N, least(a->M - p * TILE_N, TILE_N), n, count);
 }
 
-/* Wide layers are cut in runs of 48 rows at least, since each run reads all of x. */
+/* Each block of rows reads all of x, so blocks are large; but decoded rows of a short x, which are soon used up, stay in the first-level
+ * cache. */
 void MANY(many)(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
-  int64_t lo, hi;
-  wane_op_range(op, chunk, a.N, a.N < 1024 ? 12 : 48, &lo, &hi);
-  for (int64_t n = lo; n < hi; n += BLOCK_ROWS) many_block(&a, &w, n, least(hi - n, BLOCK_ROWS));
+  int64_t lo, hi, block = a.M <= 2 * TILE_N ? 2 * TILE_M : BLOCK_ROWS;
+  wane_op_range(op, chunk, a.N, a.N < 1024 || a.M <= 2 * TILE_N ? 12 : 48, &lo, &hi);
+  for (int64_t n = lo; n < hi; n += block) many_block(&a, &w, n, least(hi - n, block));
 }
 
 /* ================================================================ backward */
@@ -171,8 +178,9 @@ static void back_block(const wane_linear_args *a, const wane_qview *w, int64_t k
     }
     for (int64_t p = 0; p < panels; p++)
       for (int64_t g = 0; g < groups; g++) {
-        const float *dy = (const float *)a->work + (g * runs + n / RUN) * TILE_M * RUN, *ahead = dy + runs * TILE_M * RUN;
-        multiply_tile(dy, RUN, b + p * RUN * TILE_N, run, c + (p * groups + g) * TILE, n == 0, count - p * TILE_N, ahead);
+        const float *first = (const float *)a->work + n * TILE_M, *dy = first + g * runs * TILE_M * RUN;
+        const float *ahead = g + 1 < groups ? dy + runs * TILE_M * RUN : first;
+        multiply_part(dy, RUN, b + p * RUN * TILE_N, run, c + (p * groups + g) * TILE, n == 0, TILE_M, 2, ahead);
       }
   }
   for (int64_t m = 0; m < a->M; m++)
