@@ -11,7 +11,7 @@
  * how many rows there are, nor on where a tile begins. */
 #ifndef WANE_MANY_H
 #define WANE_MANY_H
-#include "linear.h"
+#include "avx2_linear.h"
 #include "../x86/vec.h"
 
 enum {
@@ -63,6 +63,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 void MANY(pack)(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   int64_t lo, hi, size = a.dtype == WANE_F32 ? 4 : 2;
+  if (VW == 16 && a.M <= 16) { avx2_pack(op, chunk); return; }
   wane_op_range(op, chunk, a.M, 32, &lo, &hi);
   for (int64_t m = lo; m < hi; m += VW) {
     float *out = (float *)a.work + m / TILE_N * a.K * TILE_N + m % TILE_N;
@@ -139,6 +140,7 @@ void MANY(many)(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
   int64_t lo, hi, block = a.M <= 2 * TILE_N ? 2 * TILE_M : BLOCK_ROWS;
+  if (VW == 16 && a.M <= 16) { avx2_many(op, chunk); return; }            /* fills AVX2's tile; its clock is higher, and memory the limit */
   wane_op_range(op, chunk, a.N, a.N < 1024 || a.M <= 2 * TILE_N ? 12 : 48, &lo, &hi);
   for (int64_t n = lo; n < hi; n += block) many_block(&a, &w, n, least(hi - n, block));
 }
