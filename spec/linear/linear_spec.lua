@@ -5,11 +5,11 @@ local s = require "linear8.support"
 local q = require "support.quant"
 local C = s.C
 
---- { M, N, K }: one row, odd sizes, rows that straddle blocks, no whole chunk, several tiles and panels; the last: few rows
+--- { M, N, K }: one row, odd sizes, rows that straddle blocks, no whole chunk, several tiles, panels and blocks of rows; the last: few rows
 --- and more scales than one block of double quantization, at every block size up to 256.
 local shapes = {
   { 1, 1, 1 }, { 1, 7, 64 }, { 2, 37, 96 }, { 3, 64, 128 }, { 4, 33, 192 }, { 5, 5, 33 }, { 7, 130, 64 }, { 8, 3, 257 },
-  { 9, 50, 80 }, { 16, 12, 576 }, { 17, 97, 320 }, { 33, 61, 512 }, { 50, 100, 130 }, { 2, 150, 448 },
+  { 9, 50, 80 }, { 16, 12, 576 }, { 17, 97, 320 }, { 33, 61, 512 }, { 50, 100, 130 }, { 70, 131, 300 }, { 2, 150, 448 },
 }
 local kinds = {
   { "f32" }, { "f16" }, { "bf16" },
