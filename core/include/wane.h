@@ -157,6 +157,8 @@ WANE_API void wane_scope_close(wane_stream *s, wane_scope *scope);    /* frees i
 
 enum {
   WANE_F32 = 0, WANE_F16, WANE_BF16, WANE_I8, WANE_U8, WANE_I32, WANE_I64, WANE_BOOL, WANE_DTYPE_PLAIN,
+  /* stored kinds: files hold them, no tensor does. A load turns f64 and i16 into floats and quantized kinds, i16 into i32 as well */
+  WANE_F64 = 10, WANE_I16 = 11,
   /* quantized kinds: one logical [N, K] matrix in several parts, see section 6 */
   WANE_NF4 = 16, WANE_FP4, WANE_INT8, WANE_BLOCK8, WANE_BLOCK8U,
   /* GGUF block kinds: bytes as the file holds them, values of a row contiguous */
@@ -213,6 +215,9 @@ WANE_API int wane_view_permute(wane_stream *s, wane_handle *out, const wane_hand
 WANE_API int wane_view_reshape(wane_stream *s, wane_handle *out, const wane_handle *t, int ndim, const int64_t *shape);
 /* numpy's broadcasting: sizes of 1 repeat, dimensions may be added in front. */
 WANE_API int wane_view_expand(wane_stream *s, wane_handle *out, const wane_handle *t, int ndim, const int64_t *shape);
+/* Any shape and strides (>= 0, in elements; 0 repeats) over a contiguous tensor's values, from its first: torch's as_strided. WANE_E_SHAPE
+ * where that would reach past the last value. */
+WANE_API int wane_view_strided(wane_stream *s, wane_handle *out, const wane_handle *t, int ndim, const int64_t *shape, const int64_t *stride);
 
 /* ================================================================ 6. Quantized tensors
  *
@@ -385,16 +390,17 @@ WANE_API int wane_probe(wane_stream *s, int what, const wane_handle *buffer, int
  * An index is the table of contents of a checkpoint: names, dtypes, shapes and places of its tensors, and its metadata. It is read
  * on a job's thread, may be asked from any one thread at a time, and keeps its files open. Every size in a file is checked before use. */
 typedef struct wane_index wane_index;
-/* Starts reading the headers at `path`: a .safetensors file, a *.safetensors.index.json file with every shard it names (which must
- * lie beside it), or a .gguf file (version 2 or 3; the first part of several, …-00001-of-00003.gguf, brings the others). The kind is
- * told from the content. */
+/* Starts reading the headers at `path`: a .safetensors file, an *.index.json file with every shard it names (which must lie beside it),
+ * or a .gguf file (version 2 or 3; the first part of several, …-00001-of-00003.gguf, brings the others). The kind is told from the
+ * content. A file of torch.save (or a list of them) is only opened: its description is a pickle, which the caller reads and makes entries
+ * of (wane_index_file_read, wane_index_describe); for a list, the metadata says which file each tensor should be in. */
 WANE_API int wane_index_open(wane_job **out, const char *path);
 /* The index that a finished job made, once; the caller owns it. WANE_PENDING while the job runs, the job's status if it failed. */
 WANE_API int wane_index_take(wane_job *job, wane_index **out);
 /* Drops the caller's reference. Loads in flight and mapped tensors keep what they need. NULL is a no-op. */
 WANE_API void wane_index_free(wane_index *ix);
 
-enum { WANE_FORMAT_SAFETENSORS = 1, WANE_FORMAT_GGUF = 2 };
+enum { WANE_FORMAT_SAFETENSORS = 1, WANE_FORMAT_GGUF = 2, WANE_FORMAT_TORCH = 3 };
 typedef struct wane_entry {
   const char *name;          /* as the file spells it; owned by the index */
   const char *dtype_name;    /* as the file spells it: "F32", "F8_E4M3", "Q4_K" */
@@ -403,7 +409,8 @@ typedef struct wane_entry {
   int64_t shape[8];          /* row-major, slowest first (GGUF's order is turned round) */
   uint64_t offset, bytes;    /* in the file */
   int32_t file;              /* which of the index's files */
-  int32_t reserved;
+  int32_t strided;           /* 1: the values do not lie in the shape's order; bytes then cover all of them and what lies between */
+  int64_t stride[8];         /* strided: elements, >= 0 (0 repeats) */
 } wane_entry;
 /* WANE_FORMAT_… of the file that was opened. */
 WANE_API int wane_index_format(const wane_index *ix);
@@ -418,7 +425,15 @@ WANE_API const char *wane_index_path(const wane_index *ix, int file);
 /* Copies `bytes` bytes of an entry, from its byte `from` on. Blocks on the disk: for small things (a quantization state). */
 WANE_API int wane_index_read(const wane_index *ix, int64_t i, uint64_t from, void *data, size_t bytes);
 
-/* Metadata: safetensors' __metadata__ (strings), GGUF's key-value pairs. */
+/* Bytes of a file when it was opened; 0 for a number that is none. */
+WANE_API uint64_t wane_index_file_size(const wane_index *ix, int file);
+/* Copies bytes of a file as they are. WANE_E_FORMAT past its end. Blocks on the disk. */
+WANE_API int wane_index_file_read(const wane_index *ix, int file, uint64_t offset, void *data, size_t bytes);
+/* Adds an entry to an index of format WANE_FORMAT_TORCH. Texts are copied; dtype is set from dtype_name, which is spelled as safetensors
+ * does (-1, and the size is believed, for others). WANE_E_FORMAT where name, file, place, shape, strides and bytes do not fit together. */
+WANE_API int wane_index_describe(wane_index *ix, const wane_entry *entry);
+
+/* Metadata: safetensors' __metadata__ (strings), GGUF's key-value pairs, the files (as int) of the tensors of a list of torch files. */
 enum { WANE_META_INT = 1, WANE_META_FLOAT, WANE_META_BOOL, WANE_META_STRING, WANE_META_ARRAY };
 typedef struct wane_meta {
   int32_t kind;              /* WANE_META_… */
@@ -453,7 +468,7 @@ enum {
 };
 typedef struct wane_load_item {
   int64_t entry;             /* of the index */
-  int32_t source;            /* dtype of the file's values (usually the entry's own): a plain dtype or a GGUF kind */
+  int32_t source;            /* dtype of the file's values (usually the entry's own): a plain dtype, a stored or a GGUF kind */
   int32_t target;            /* the same dtype (a copy), f32 f16 bf16 (values, rounded once), or NF4 FP4 INT8 BLOCK8 BLOCK8U */
   int32_t block_size;        /* target NF4, FP4: 32..4096, BLOCK8: > 0 */
   int32_t nested;            /* target NF4, FP4: double quantization */

@@ -48,9 +48,10 @@ int wane_conversion_plan(wane_conversion *c, const char *name) {
   const wane_layout *to = &c->to;
   if (c->arrange) { int status = check_arrange(c, name); if (status != WANE_OK) return status; }
   int same = to->dtype == c->source;
-  if (!same && !wane_is_float(c->source) && !wane_gguf_block(c->source))
+  if (wane_is_stored(to->dtype)) return wane_fail(WANE_E_DTYPE, "tensor '%s': no tensor holds %s: load it as f32", name, wane_dtype_name(to->dtype));
+  if (!same && !wane_is_float(c->source) && !wane_gguf_block(c->source) && !wane_is_stored(c->source))
     return wane_fail(WANE_E_DTYPE, "tensor '%s' holds %s: only float and GGUF values can become %s", name, wane_dtype_name(c->source), wane_dtype_name(to->dtype));
-  if (!same && !wane_is_float(to->dtype) && !is_quantized(to->dtype))
+  if (!same && !wane_is_float(to->dtype) && !is_quantized(to->dtype) && !(to->dtype == WANE_I32 && c->source == WANE_I16))
     return wane_fail(WANE_E_DTYPE, "tensor '%s' cannot become %s while it is loaded", name, wane_dtype_name(to->dtype));
   int64_t block = wane_gguf_block(c->source) ? wane_gguf_block(c->source) : 1;
   c->grain = lcm(block, is_quantized(to->dtype) && to->n ? wane_quant_grain(to->dtype, to->block_size, to->cols) : 1);
@@ -105,16 +106,25 @@ static void fetch_column(const span *s, int64_t at, int64_t count, float *out) {
   else for (int64_t i = 0; i < count; i++) out[i] = wane_bf16_to_f32(x[i * width]);
 }
 
+/* Values [first, first + count) of the bytes as f32: f64 rounded once, i16 exactly. */
+static void widen(const wane_conversion *c, const char *bytes, int64_t first, int64_t count, float *out) {
+  if (c->source == WANE_F64) for (int64_t i = 0; i < count; i++) { double x; memcpy(&x, bytes + (first + i) * 8, 8); out[i] = (float)x; }
+  else if (c->source == WANE_I16) for (int64_t i = 0; i < count; i++) { int16_t x; memcpy(&x, bytes + (first + i) * 2, 2); out[i] = (float)x; }
+  else {
+    wane_qview q = { .dtype = c->source, .rows = c->to.rows, .cols = c->to.cols, .codes = bytes };
+    wane_dequantize_range(&q, first, count, out);
+  }
+}
+
 /* Values [at, at + count) of the tensor, which lie in the chunk, as f32. */
 static void fetch(const span *s, int64_t at, int64_t count, float *out) {
   const wane_conversion *c = s->c;
-  wane_qview q = { .dtype = c->source, .rows = c->to.rows, .cols = c->to.cols, .codes = s->bytes };
-  if (!shuffled(c)) { wane_dequantize_range(&q, at - s->first, count, out); return; }
+  if (!shuffled(c)) { widen(c, s->bytes, at - s->first, count, out); return; }
   int64_t width = c->to.n / c->to.shape[0];
   while (count) {
     int64_t row = at / width, within = at % width, n = width - within < count ? width - within : count;
     if (c->arrange == WANE_ARRANGE_TRANSPOSE) fetch_column(s, at, n, out);
-    else wane_dequantize_range(&q, source_row(c, row) * width + within - s->first, n, out);
+    else widen(c, s->bytes, source_row(c, row) * width + within - s->first, n, out);
     at += n; out += n; count -= n;
   }
 }
@@ -149,6 +159,7 @@ static void convert(const span *s, int64_t at, int64_t count) {
     int64_t n = end - at < piece ? end - at : piece;
     fetch(s, at, n, values);
     if (is_quantized(to->dtype)) wane_quantize_range(to->dtype, values, WANE_F32, at, n, to->cols, to->block_size, c->base, c->scales);
+    else if (to->dtype == WANE_I32) for (int64_t i = 0; i < n; i++) ((int32_t *)(void *)c->base)[at + i] = (int32_t)values[i];
     else narrow(values, n, to->dtype, c->base + at * 2);
   }
 }

@@ -173,8 +173,23 @@ int wane_index_add_meta(wane_index *ix, const char *key, size_t key_length, cons
 
 typedef struct opening { char *path; wane_index *index; } opening;
 
+static int ends_in(const char *path, const char *suffix) {
+  size_t n = strlen(path), m = strlen(suffix);
+  return n > m && !strcmp(path + n - m, suffix);
+}
+
+/* A zip's first four bytes would be a safetensors header length too; its byte 8, a compression method, is no '{'. The older format
+ * begins with the pickled number 0x1950a86a20f9469cfc6c: read as a header length, far too large. */
+int wane_is_torch(const wane_file *f) {
+  char head[9] = { 0 };
+  if (wane_file_read(f, 0, head, f->size < 9 ? (size_t)f->size : 9) != WANE_OK) return 0;
+  if ((!memcmp(head, "PK\3\4", 4) || !memcmp(head, "PK\5\6", 4)) && head[8] != '{') return 1;
+  if (!memcmp(head, "\x80\x02\x8a\x0a\x6c\xfc\x9c\x46", 8)) return 1;
+  return ends_in(f->path, ".bin") || ends_in(f->path, ".pt") || ends_in(f->path, ".pth");
+}
+
 /* Tells the kind of the file from its first bytes: "GGUF"; '{' (a list of shards; in a safetensors file the upper half of the header
- * length, bytes 4 to 7, is 0); else a safetensors header length. */
+ * length, bytes 4 to 7, is 0); a torch file's; else a safetensors header length. */
 static int open_run(wane_job *job, void *state) {
   opening *o = state;
   wane_index *ix = o->index;
@@ -183,10 +198,10 @@ static int open_run(wane_job *job, void *state) {
   if (status == WANE_OK) status = wane_file_read(&ix->files[0], 0, head, ix->files[0].size < 8 ? (size_t)ix->files[0].size : 8);
   if (status != WANE_OK) return status;
   if (!memcmp(head, "GGUF", 4)) return wane_gguf_read(ix, job);
-  size_t n = strlen(o->path);
-  if (n > 5 && !strcmp(o->path + n - 5, ".gguf"))
+  if (ends_in(o->path, ".gguf"))
     return wane_fail(WANE_E_FORMAT, "'%s' is no GGUF file: it does not begin with \"GGUF\"", o->path);
-  if ((head[0] == '{' && memcmp(head + 4, "\0\0\0", 4)) || (n > 5 && !strcmp(o->path + n - 5, ".json"))) return wane_shards_read(ix, job, o->path);
+  if ((head[0] == '{' && memcmp(head + 4, "\0\0\0", 4)) || ends_in(o->path, ".json")) return wane_shards_read(ix, job, o->path);
+  if (wane_is_torch(&ix->files[0])) { ix->format = WANE_FORMAT_TORCH; return WANE_OK; }
   return wane_safetensors_read(ix, 0, job);
 }
 
@@ -251,6 +266,51 @@ int wane_index_read(const wane_index *ix, int64_t i, uint64_t from, void *data, 
                      e->name, (unsigned long long)e->bytes);
   return wane_file_read(&ix->files[e->file], e->offset + from, data, bytes);
 }
+
+uint64_t wane_index_file_size(const wane_index *ix, int file) { return file >= 0 && file < ix->nfiles ? ix->files[file].size : 0; }
+
+int wane_index_file_read(const wane_index *ix, int file, uint64_t offset, void *data, size_t bytes) {
+  if (file < 0 || file >= ix->nfiles) return wane_fail(WANE_E_ARG, "file %d of an index of %d", file, ix->nfiles);
+  const wane_file *f = &ix->files[file];
+  if (offset > f->size || bytes > f->size - offset)
+    return wane_fail(WANE_E_FORMAT, "'%s': bytes %llu..%llu lie past its end (%llu bytes): it is truncated or damaged", f->path,
+                     (unsigned long long)offset, (unsigned long long)(offset + bytes), (unsigned long long)f->size);
+  return wane_file_read(f, offset, data, bytes);
+}
+
+/* ---------------------------------------------------------------- describing */
+
+static int describe_fail(const wane_index *ix, const wane_entry *e, const char *what) {
+  return wane_fail(WANE_E_FORMAT, "'%s': tensor '%.200s' %s", ix->files[e->file].path, e->name, what);
+}
+
+/* Bytes that an entry's shape and strides reach; -1 on overflow. */
+static int64_t bytes_wanted(const wane_entry *e, int bits) {
+  int64_t n = e->strided ? wane_strided_span(e->ndim, e->shape, e->stride) : wane_shape_numel(e->ndim, e->shape), total;
+  return n < 0 || __builtin_mul_overflow(n, bits / 8, &total) ? -1 : total;
+}
+
+int wane_index_describe(wane_index *ix, const wane_entry *entry) {
+  wane_entry e = *entry;
+  if (ix->format != WANE_FORMAT_TORCH) return wane_fail(WANE_E_ARG, "this index has read its own file: entries are added to torch files only");
+  if (!e.name || !*e.name || !e.dtype_name) return wane_fail(WANE_E_ARG, "an entry needs a name and a dtype");
+  if (e.file < 0 || e.file >= ix->nfiles) return wane_fail(WANE_E_ARG, "file %d of an index of %d", e.file, ix->nfiles);
+  if (e.ndim < 0 || e.ndim > WANE_MAX_DIMS) return describe_fail(ix, &e, "has more than 8 dimensions");
+  int bits = 0;
+  size_t length = strlen(e.dtype_name);
+  const char *known = wane_safetensors_dtype(e.dtype_name, length, &e.dtype, &bits);
+  e.dtype_name = known ? known : wane_arena_text(&ix->arena, e.dtype_name, length);
+  if (!e.dtype_name) return WANE_E_MEMORY;
+  if (!known) e.dtype = -1;
+  if (bytes_wanted(&e, 8) < 0) return describe_fail(ix, &e, "has sizes or strides that are negative or overflow");
+  if (known && bytes_wanted(&e, bits) != (int64_t)e.bytes) return describe_fail(ix, &e, "does not have the bytes that its dtype and shape need");
+  const wane_file *f = &ix->files[e.file];
+  if (e.offset > f->size || e.bytes > f->size - e.offset) return describe_fail(ix, &e, "lies past the end of the file: it is truncated or damaged");
+  int added = wane_index_add(ix, &e, strlen(e.name));
+  return added == 1 ? describe_fail(ix, &e, "occurs twice") : added;
+}
+
+/* ---------------------------------------------------------------- metadata */
 
 int64_t wane_index_meta_count(const wane_index *ix) { return ix->nmetas; }
 const char *wane_index_meta_key(const wane_index *ix, int64_t i) { return i >= 0 && i < ix->nmetas ? ix->metas[i].key : NULL; }

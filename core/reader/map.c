@@ -19,7 +19,7 @@ int wane_layout_of(wane_layout *l, int dtype, int ndim, const int64_t *shape, in
   l->cols = ndim ? shape[ndim - 1] : 1;
   l->rows = l->cols ? l->n / l->cols : 0;
   int64_t bytes[WANE_PARTS] = { 0 };
-  if (dtype < WANE_DTYPE_PLAIN || dtype >= WANE_Q4_0) {
+  if (wane_dtype_bytes(dtype, 0) == 0) {           /* one part */
     bytes[WANE_PART_CODES] = wane_dtype_bytes(dtype, l->n);
   } else {
     l->scales = wane_quant_absmax_count(dtype, l->n, l->cols, block_size);
@@ -95,6 +95,8 @@ int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, 
   wane_layout l;
   status = wane_layout_check(&l, ix, e, piece, pieces, dtype, ndim, shape);
   if (status != WANE_OK) return status;
+  if (wane_is_stored(dtype))
+    return wane_fail(WANE_E_UNSUPPORTED, "tensor '%s' of '%s' is %s, which no tensor holds: load it as f32", e->name, ix->files[e->file].path, e->dtype_name);
   wane_file *f = &ix->files[e->file];
   size_t bytes = l.part_bytes[WANE_PART_CODES];
   uint64_t offset = e->offset + (uint64_t)piece * bytes;
@@ -112,7 +114,7 @@ int wane_index_map(wane_stream *s, wane_handle *out, wane_index *ix, int64_t i, 
 
 int wane_layout_check(wane_layout *l, const wane_index *ix, const wane_entry *e, int piece, int pieces, int dtype, int ndim, const int64_t *shape) {
   const char *path = ix->files[e->file].path;
-  if (dtype < 0 || !wane_dtype_name(dtype) || (dtype >= WANE_DTYPE_PLAIN && dtype < WANE_Q4_0))
+  if (dtype < 0 || !wane_dtype_name(dtype) || wane_dtype_bytes(dtype, 0) < 0)
     return wane_fail(WANE_E_UNSUPPORTED, "tensor '%s' of '%s' is %s, a dtype that wane does not compute with", e->name, path, e->dtype_name);
   if (ndim < 0 || ndim > WANE_MAX_DIMS) return wane_fail(WANE_E_SHAPE, "%d dimensions: at most %d", ndim, WANE_MAX_DIMS);
   int status = wane_layout_of(l, dtype, ndim, shape, 0, 0);

@@ -82,9 +82,15 @@ int wane_safetensors_read(wane_index *ix, int file, wane_job *job);
 int wane_shards_read(wane_index *ix, wane_job *job, const char *path);
 /* GGUF: file 0, and the further parts that it names. */
 int wane_gguf_read(wane_index *ix, wane_job *job);
+/* Is it a file of torch.save: a zip archive, or the older stream of pickles (whatever its name), or one called .bin or .pt? */
+int wane_is_torch(const wane_file *f);
+/* dtype and bits a value of a safetensors dtype name: its own spelling of the name, or NULL if the format has no such dtype. */
+const char *wane_safetensors_dtype(const char *name, size_t length, int *dtype, int *bits);
 /* Item i of an array of metadata; i has been checked. */
 int wane_gguf_item(const wane_meta_entry *m, int64_t i, wane_meta *out);
 
+/* f64, i16: kinds that only files hold */
+static inline int wane_is_stored(int dtype) { return dtype == WANE_F64 || dtype == WANE_I16; }
 /* product of shape, -1 on overflow or a negative size */
 int64_t wane_shape_numel(int ndim, const int64_t *shape);
 

@@ -13,11 +13,21 @@
 /* Names of the format and bits a value; those that wane computes with have its dtype. */
 static const struct { const char *name; int bits, dtype; } dtypes[] = {
   { "F32", 32, WANE_F32 }, { "F16", 16, WANE_F16 }, { "BF16", 16, WANE_BF16 }, { "I8", 8, WANE_I8 }, { "U8", 8, WANE_U8 },
-  { "I32", 32, WANE_I32 }, { "I64", 64, WANE_I64 }, { "BOOL", 8, WANE_BOOL }, { "F64", 64, -1 }, { "I16", 16, -1 }, { "U16", 16, -1 },
+  { "I32", 32, WANE_I32 }, { "I64", 64, WANE_I64 }, { "BOOL", 8, WANE_BOOL }, { "F64", 64, WANE_F64 }, { "I16", 16, WANE_I16 }, { "U16", 16, -1 },
   { "U32", 32, -1 }, { "U64", 64, -1 }, { "C64", 64, -1 }, { "F8_E4M3", 8, -1 }, { "F8_E5M2", 8, -1 }, { "F8_E8M0", 8, -1 },
   { "F8_E4M3FNUZ", 8, -1 }, { "F8_E5M2FNUZ", 8, -1 }, { "F6_E2M3", 6, -1 }, { "F6_E3M2", 6, -1 }, { "F4", 4, -1 },
 };
 enum { DTYPES = sizeof dtypes / sizeof *dtypes };
+
+const char *wane_safetensors_dtype(const char *name, size_t length, int *dtype, int *bits) {
+  for (int i = 0; i < DTYPES; i++) {
+    if (strlen(dtypes[i].name) != length || memcmp(dtypes[i].name, name, length)) continue;
+    *dtype = dtypes[i].dtype;
+    *bits = dtypes[i].bits;
+    return dtypes[i].name;
+  }
+  return NULL;
+}
 
 /* ---------------------------------------------------------------- the header's parser */
 
@@ -87,13 +97,8 @@ static int on_string(void *context, const unsigned char *text, size_t length) {
   if (p->where != IN_TENSOR) return stop(p, "holds a text where none belongs");
   if (p->key == KEY_OTHER) return 1;
   if (p->key != KEY_DTYPE) return stop(p, "holds a text where a list belongs");
-  for (int i = 0; i < DTYPES; i++) {
-    if (strlen(dtypes[i].name) != length || memcmp(dtypes[i].name, text, length)) continue;
-    p->entry.dtype = dtypes[i].dtype;
-    p->entry.dtype_name = dtypes[i].name;
-    p->bits = dtypes[i].bits;
-    return 1;
-  }
+  p->entry.dtype_name = wane_safetensors_dtype((const char *)text, length, &p->entry.dtype, &p->bits);
+  if (p->entry.dtype_name) return 1;
   char what[80];
   snprintf(what, sizeof what, "has the unknown dtype '%.*s'", length < 32 ? (int)length : 32, (const char *)text);
   return stop(p, what);
@@ -320,10 +325,23 @@ static const yajl_callbacks shard_callbacks = {
   shard_scalar, shard_boolean, NULL, NULL, shard_number, shard_string, shard_open, shard_key, shard_close, shard_open, shard_close
 };
 
+/* Torch files are described by whoever reads their pickles: what the list says becomes the metadata. */
+static int note_torch(const shards *p, wane_index *ix) {
+  int status = WANE_OK;
+  ix->format = WANE_FORMAT_TORCH;
+  for (int64_t i = 0; i < p->list->count && status == WANE_OK; i++) {
+    const wane_entry *want = &p->list->entries[i];
+    wane_meta_entry m = { .value = { .kind = WANE_META_INT, .count = 1, .integer = want->file, .number = want->file } };
+    status = wane_index_add_meta(ix, want->name, strlen(want->name), &m);
+  }
+  return status;
+}
+
 /* Opens and reads every shard, then demands each tensor of the list in the shard that the list names. */
 static int read_shards(shards *p, wane_index *ix, wane_job *job, const char *path) {
   const char *slash = strrchr(path, '/');
   size_t folder = slash ? (size_t)(slash - path) + 1 : 0;
+  int torch = 0;
   if (!p->count) return wane_fail(WANE_E_FORMAT, "list of shards '%s' has no weight_map", path);
   for (int64_t i = 0; i < p->count; i++) {
     size_t n = strlen(p->names[i]);
@@ -332,10 +350,12 @@ static int read_shards(shards *p, wane_index *ix, wane_job *job, const char *pat
     memcpy(full, path, folder);
     memcpy(full + folder, p->names[i], n + 1);
     int status = wane_index_add_file(ix, full);
-    if (status == WANE_OK) status = wane_safetensors_read(ix, (int)i, job);
+    if (status == WANE_OK && !i) torch = wane_is_torch(&ix->files[0]);
+    if (status == WANE_OK && !torch) status = wane_safetensors_read(ix, (int)i, job);
     if (status != WANE_OK) return status;
     wane_job_set_progress(job, (uint64_t)i + 1, (uint64_t)p->count);
   }
+  if (torch) return note_torch(p, ix);
   for (int64_t i = 0; i < p->list->count; i++) {
     const wane_entry *want = &p->list->entries[i];
     int64_t found = wane_index_find(ix, want->name);

@@ -9,6 +9,7 @@ typedef struct dtype_row { const char *name; int32_t block, bytes; } dtype_row; 
 static const dtype_row dtypes[WANE_DTYPE_END] = {
   [WANE_F32] = { "f32", 1, 4 }, [WANE_F16] = { "f16", 1, 2 }, [WANE_BF16] = { "bf16", 1, 2 }, [WANE_I8] = { "i8", 1, 1 },
   [WANE_U8] = { "u8", 1, 1 }, [WANE_I32] = { "i32", 1, 4 }, [WANE_I64] = { "i64", 1, 8 }, [WANE_BOOL] = { "bool", 1, 1 },
+  [WANE_F64] = { "f64", 1, 8 }, [WANE_I16] = { "i16", 1, 2 },
   [WANE_NF4] = { "nf4", 0, 0 }, [WANE_FP4] = { "fp4", 0, 0 }, [WANE_INT8] = { "int8", 0, 0 },
   [WANE_BLOCK8] = { "int8-blockwise", 0, 0 }, [WANE_BLOCK8U] = { "int8-blockwise-unsigned", 0, 0 },
   [WANE_Q4_0] = { "q4_0", 32, 18 }, [WANE_Q4_1] = { "q4_1", 32, 20 }, [WANE_Q5_0] = { "q5_0", 32, 22 }, [WANE_Q5_1] = { "q5_1", 32, 24 },
@@ -62,6 +63,18 @@ const char *wane_shape_text(const wane_tensor *t) {
   for (int i = 0; i < t->ndim && n < 130; i++) n += snprintf(out + n, 160 - (size_t)n, i ? ", %lld" : "%lld", (long long)t->shape[i]);
   snprintf(out + n, 160 - (size_t)n, "] %s", wane_dtype_name(t->dtype));
   return out;
+}
+
+int64_t wane_strided_span(int ndim, const int64_t *shape, const int64_t *stride) {
+  int64_t last = 0, values = 1, step;
+  int empty = 0;
+  for (int i = 0; i < ndim; i++) {
+    if (shape[i] < 0 || stride[i] < 0) return -1;
+    if (shape[i] == 0) { empty = 1; continue; }
+    if (__builtin_mul_overflow(values, shape[i], &values)) return -1;
+    if (__builtin_mul_overflow(shape[i] - 1, stride[i], &step) || __builtin_add_overflow(last, step, &last)) return -1;
+  }
+  return empty ? 0 : last == INT64_MAX ? -1 : last + 1;
 }
 
 /* ---------------------------------------------------------------- bytes in and out */
@@ -237,5 +250,19 @@ int wane_view_expand(wane_stream *s, wane_handle *out, const wane_handle *h, int
     v->stride[i] = shape[i] == size ? stride : 0;
   }
   v->ndim = ndim;
+  return WANE_OK;
+}
+
+int wane_view_strided(wane_stream *s, wane_handle *out, const wane_handle *h, int ndim, const int64_t *shape, const int64_t *stride) {
+  wane_tensor *t = NULL, *v = NULL;
+  int status = view_of(s, out, h, &t, &v);
+  if (status) return status;
+  if (ndim < 0 || ndim > WANE_MAX_DIMS) return drop(out, wane_fail(WANE_E_SHAPE, "strided view: %d dimensions: at most %d", ndim, WANE_MAX_DIMS));
+  if (!wane_is_contiguous(t)) return drop(out, wane_fail(WANE_E_SHAPE, "strided view: %s is a view itself: make it contiguous first", wane_shape_text(t)));
+  int64_t span = wane_strided_span(ndim, shape, stride), n = wane_numel(t);
+  if (span < 0 || span > n) return drop(out, wane_fail(WANE_E_SHAPE, "strided view: sizes and strides reach past the %lld values of %s", (long long)n, wane_shape_text(t)));
+  v->ndim = ndim;
+  memcpy(v->shape, shape, sizeof *shape * (size_t)ndim);
+  memcpy(v->stride, stride, sizeof *stride * (size_t)ndim);
   return WANE_OK;
 }

@@ -52,7 +52,9 @@ int wane_enter(wane_stream *s);
 int64_t wane_numel(const wane_tensor *t);
 int wane_is_contiguous(const wane_tensor *t);
 int wane_is_float(int dtype);                          /* f32, f16, bf16 */
-int64_t wane_size_of(int dtype);                       /* bytes of a plain dtype's element; 0 for quantized kinds */
+int64_t wane_size_of(int dtype);                       /* bytes of a plain dtype's element; 0 for other kinds */
+/* Values from the first to the last that shape and strides reach (0 if there are none); -1 for negative sizes and overflow. */
+int64_t wane_strided_span(int ndim, const int64_t *shape, const int64_t *stride);
 /* "[2, 3] f32" into a per-thread ring of buffers: for messages. */
 const char *wane_shape_text(const wane_tensor *t);
 

@@ -18,11 +18,35 @@ local PARTS = C.WANE_PARTS
 
 local arrangements = { rope = C.WANE_ARRANGE_ROPE, qkv = C.WANE_ARRANGE_QKV, transpose = C.WANE_ARRANGE_TRANSPOSE }
 
--- A stored tensor that becomes one tensor: mapped, or item `item` of the load. options: source, shape, target (dtype name),
--- block_size, nested.
-local function source(job, entry, options)
+-- What a stored kind is read as where nothing else is asked for: no tensor holds it.
+local read_as = { f64 = "f32", i16 = "i32" }
+
+local source
+
+-- Values that do not lie in the shape's order (a transposed view that torch saved as it was): all from the first to the last are
+-- brought in as a vector, and put in order, and quantized, in memory.
+local function strided_source(job, entry, options)
+  if options.shape then
+    return nil, ("'%s': the quantized codes of '%s' do not lie in the order of its shape: save its .contiguous()"):format(job.path, entry.name),
+      "WANE_E_UNSUPPORTED"
+  end
+  local last = 1
+  for d, size in ipairs(entry.shape) do last = last + (size - 1) * entry.stride[d] end
+  local span = setmetatable({ stride = false, shape = { last } }, { __index = entry })
+  local quantized = options.block_size ~= nil
+  local s, message, code = source(job, span, { target = not quantized and options.target or nil })
+  if not s then return nil, message, code end
+  s.stride, s.full_shape = entry.stride, entry.shape
+  s.scheme = quantized and { options.target, options.block_size, options.nested } or nil
+  return s
+end
+
+-- A stored tensor that becomes one tensor: mapped, or item `item` of the load. options: source, shape, target (dtype name), and for
+-- quantized targets block_size, nested.
+function source(job, entry, options)
+  if entry.stride then return strided_source(job, entry, options) end
   local dtype = options.source or entry.dtype
-  local target = options.target or dtype
+  local target = options.target or read_as[dtype] or dtype
   if not dtype then
     return nil, ("tensor '%s' of '%s' is %s, a dtype that wane does not compute with"):format(
       entry.file_name or entry.name, job.path, entry.file_dtype), "WANE_E_UNSUPPORTED"
@@ -46,6 +70,24 @@ end
 
 local function wrap(h) return Tensor.wrap(h) end
 
+-- The tensor of a strided source from the vector of its values.
+local function put_in_order(s, vector)
+  local stream, view, h = core.stream(), core.handle_type(), core.handle_type()
+  local sizes, n = core.shape(s.full_shape)
+  local status = C.wane_view_strided(stream, view, vector.h, n, sizes, ffi.new("int64_t[8]", s.stride))
+  if status >= 0 then
+    status = C.wane_cast(stream, h, view, core.dtype(vector:dtype()))
+    C.wane_tensor_free(view)
+  end
+  vector:close()
+  if status < 0 or not s.scheme then return status, h end
+  local values = wrap(h)
+  h = core.handle_type()
+  status = C.wane_quantize(stream, h, values.h, core.dtype(s.scheme[1]), s.scheme[2], s.scheme[3] and 1 or 0)
+  values:close()
+  return status, h
+end
+
 -- The tensor of a source, once the load has run.
 local function resolve(job, s)
   local h = core.handle_type()
@@ -57,6 +99,7 @@ local function resolve(job, s)
   else
     status = C.wane_load_take(job.handle, s.item, core.stream(), h)
   end
+  if status >= 0 and s.stride then status, h = put_in_order(s, wrap(h)) end
   if status < 0 then return core.failure(status) end
   return wrap(h)
 end

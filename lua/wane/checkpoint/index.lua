@@ -12,7 +12,8 @@ Index.__index = Index
 
 local M = {}
 
---- Opens a .safetensors file, a list of shards (with the shards) or a .gguf file. Waits for the headers as core.wait_job does.
+--- Opens a .safetensors file, a .gguf file, a file of torch.save (pytorch_model.bin), or a list of shards with its shards. Waits for
+-- the headers as core.wait_job does.
 -- @param path string
 -- @return wane.Index|nil, string|nil message, string|nil code
 function M.open(path)
@@ -28,7 +29,16 @@ function M.open(path)
   if status < 0 then message, code = select(2, core.failure(status)) end
   C.wane_job_free(ffi.gc(job, nil))
   if status < 0 then return nil, message, code end
-  return setmetatable({ path = path, handle = ffi.gc(out[0], C.wane_index_free) }, Index)
+  local self = setmetatable({ path = path, handle = ffi.gc(out[0], C.wane_index_free) }, Index)
+  if self:format() == "torch" then
+    local ok
+    ok, message, code = require("wane.checkpoint.torch").describe(self)
+    if not ok then
+      self:close()
+      return nil, message, code
+    end
+  end
+  return self
 end
 
 --- The C handle; raises once the index is closed.
@@ -43,23 +53,26 @@ function Index:close()
   self.handle = nil
 end
 
---- "safetensors" or "gguf".
-function Index:format()
-  return C.wane_index_format(self:live()) == C.WANE_FORMAT_GGUF and "gguf" or "safetensors"
-end
+local formats = { [C.WANE_FORMAT_SAFETENSORS] = "safetensors", [C.WANE_FORMAT_GGUF] = "gguf", [C.WANE_FORMAT_TORCH] = "torch" }
+
+--- "safetensors", "gguf" or "torch".
+function Index:format() return formats[C.wane_index_format(self:live())] end
 
 --- Number of tensors.
 function Index:count() return tonumber(C.wane_index_count(self:live())) end
 
 local raw = ffi.new "wane_entry"
 
---- Entry number i (from 0) as a table { i, name, file_dtype, dtype (nil where wane does not read it), shape, offset, bytes, file }.
+--- Entry number i (from 0) as a table { i, name, file_dtype, dtype (nil where wane does not read it), shape, stride (nil where the values
+-- lie in the shape's order), offset, bytes, file }.
 function Index:entry(i)
   core.check(C.wane_index_entry(self:live(), i, raw))
   local shape = {}
   for d = 1, raw.ndim do shape[d] = tonumber(raw.shape[d - 1]) end
+  local stride = raw.strided ~= 0 and {} or nil
+  for d = 1, stride and raw.ndim or 0 do stride[d] = tonumber(raw.stride[d - 1]) end
   return { i = i, name = ffi.string(raw.name), file_dtype = ffi.string(raw.dtype_name), dtype = raw.dtype >= 0 and core.dtype_name(raw.dtype) or nil,
-           shape = shape, offset = tonumber(raw.offset), bytes = tonumber(raw.bytes), file = raw.file, index = self }
+           shape = shape, stride = stride, offset = tonumber(raw.offset), bytes = tonumber(raw.bytes), file = raw.file, index = self }
 end
 
 --- The entry of a name, or nil.

@@ -11,13 +11,14 @@ local gguf = require "wane.checkpoint.gguf"
 local index = require "wane.checkpoint.index"
 local json = require "wane.checkpoint.json"
 local names = require "wane.checkpoint.names"
+local paths = require "wane.checkpoint.paths"
 local quantized = require "wane.checkpoint.quantized"
 
 local M = { names = names }
 
 ---@class wane.Checkpoint
 ---@field path string
----@field format string "safetensors" or "gguf"
+---@field format string "safetensors", "torch" or "gguf"
 ---@field config table config.json's fields, nulls removed (made from the metadata for GGUF)
 ---@field generation_config table|nil
 ---@field quant table|nil the scheme that the files are quantized with: { type, block_size, double_quant, threshold, compute, skip }
@@ -29,23 +30,40 @@ Checkpoint.__index = Checkpoint
 
 local function is_file(path) return C.wane_path_kind(path) == C.WANE_PATH_FILE end
 
--- The weights of a folder, in the order in which transformers looks for them.
-local function weights_of(folder)
-  for _, name in ipairs { "model.safetensors", "model.safetensors.index.json" } do
-    if is_file(folder .. "/" .. name) then return folder .. "/" .. name end
-  end
-  for _, name in ipairs { "pytorch_model.bin", "pytorch_model.bin.index.json" } do
-    if is_file(folder .. "/" .. name) then
-      return nil, ("'%s' holds its weights in %s, which this version does not read: save them as safetensors"):format(folder, name), "WANE_E_UNSUPPORTED"
+local weight_files = { "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json" }
+
+-- The weights of a folder: what the config names, else in the order in which transformers looks for them. A variant stands before the
+-- last ending: model.fp16.safetensors, model.safetensors.index.fp16.json.
+local function weights_of(folder, config, variant)
+  local stated = config.transformers_weights
+  if type(stated) == "string" then
+    if stated:find "[/\\]" or stated == ".." or stated == "." then
+      return nil, ("'%s/config.json': transformers_weights must be a file beside it, found '%s'"):format(folder, stated), "WANE_E_FORMAT"
     end
+    return folder .. "/" .. stated
+  end
+  local tried = {}
+  for i, name in ipairs(weight_files) do
+    tried[i] = variant and name:gsub("%.(%w+)$", "." .. variant:gsub("%%", "%%%%") .. ".%1") or name
+    if is_file(folder .. "/" .. tried[i]) then return folder .. "/" .. tried[i] end
   end
   if is_file(folder .. "/adapter_config.json") then
     return nil, ("'%s' holds an adapter, not a model: load its base model"):format(folder), "WANE_E_UNSUPPORTED"
   end
-  return nil, ("'%s' has no model.safetensors and no model.safetensors.index.json"):format(folder), "WANE_E_NOTFOUND"
+  return nil, ("'%s' has none of %s"):format(folder, table.concat(tried, ", ")), "WANE_E_NOTFOUND"
 end
 
-local function open_folder(path)
+-- Every file that the folder's weights are read from, links followed, is the folder's own (see paths.lua).
+local function check_links(folder, ix)
+  for _, file in ipairs(ix:files()) do
+    local ok, message, code = paths.check(folder, file)
+    if not ok then return nil, message, code end
+  end
+  return true
+end
+
+-- `weights`: a file of the folder, where the caller named one.
+local function open_folder(path, weights, variant)
   local config, message, code = json.read(path .. "/config.json")
   if not config then
     if not is_file(path .. "/config.json") then
@@ -63,26 +81,38 @@ local function open_folder(path)
     self.generation_config, message, code = json.read(path .. "/generation_config.json")
     if not self.generation_config then return nil, message, code end
   end
-  local weights
-  weights, message, code = weights_of(path)
+  if not weights then weights, message, code = weights_of(path, config, variant) end
   if not weights then return nil, message, code end
+  local ok
+  ok, message, code = paths.check(path, weights)
+  if not ok then return nil, message, code end
   self.index, message, code = index.open(weights)
   if not self.index then return nil, message, code end
+  ok, message, code = check_links(path, self.index)
+  if not ok then
+    self.index:close()
+    return nil, message, code
+  end
   return self
 end
 
 --- Opens a checkpoint: a model's name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder
--- (safetensors, single or sharded; quantized by bitsandbytes or wane, or not) or a .gguf file.
--- Reads headers only; waits as core.wait_job does.
+-- (safetensors or pytorch_model.bin, single or sharded; quantized by bitsandbytes or wane, or not), one weight file or list of shards
+-- with its config.json beside it, or a .gguf file. Reads headers only; waits as core.wait_job does.
 -- @param path string
+-- @param opts table|nil { variant = "fp16": of a folder that holds several, the files of that name }
 -- @return wane.Checkpoint|nil, string|nil message, string|nil code
-function M.open(path)
+function M.open(path, opts)
+  local variant = opts and opts.variant
+  if variant ~= nil and (type(variant) ~= "string" or variant:find "[/\\]" or variant == "") then
+    core.raise("checkpoint.open: variant is the middle of a file name such as 'fp16', found '%s'", tostring(variant))
+  end
   if type(path) ~= "string" then core.raise("checkpoint.open: a path was expected, found a %s", type(path)) end
   local self, message, code
   path, message, code = require("wane.hub").resolve(path)
   if not path then return nil, message, code end
   if C.wane_path_kind(path) == C.WANE_PATH_FOLDER then
-    self, message, code = open_folder((path:gsub("(.)/+$", "%1")))
+    self, message, code = open_folder((path:gsub("(.)/+$", "%1")), nil, variant)
     if not self then return nil, message, code end
   else
     local ix
@@ -104,12 +134,13 @@ function M.open(path)
           .. "(wane.checkpoint.read_safetensors reads tensors alone)"):format(path), "WANE_E_NOTFOUND"
       end
       ix:close()
-      return M.open(folder)
+      self, message, code = open_folder(folder, path)
+      if not self then return nil, message, code end
     end
   end
   self.format = self.index:format()
   self.model_type = self.config.model_type
-  if self.format == "safetensors" then self.missing = names.missing_prefix(self.model_type, self.index:each_name()) end
+  if self.format ~= "gguf" then self.missing = names.missing_prefix(self.model_type, self.index:each_name()) end
   return setmetatable(self, Checkpoint)
 end
 
@@ -195,20 +226,19 @@ function Checkpoint:close() self.index:close() end
 
 -- ---------------------------------------------------------------- tensors alone
 
---- The tensors of a safetensors file (or of a list of shards), mapped: reading them costs nothing until they are used.
--- The file must not be truncated meanwhile; opts.io = "read" copies instead.
--- @param path string
--- @param opts table|nil { io = "mmap" | "read" }
--- @return table|nil { name = Tensor }, table|string metadata or message, string|nil code
-function M.read_safetensors(path, opts)
+local descriptions = { safetensors = "a safetensors file", torch = "a file of torch.save", gguf = "a GGUF file" }
+
+-- All tensors of a file (or of a list of shards) of a format.
+local function read_all(path, format, opts)
   local ix, message, code = index.open(path)
   if not ix then return nil, message, code end
-  if ix:format() ~= "safetensors" then
+  if ix:format() ~= format then
+    message = ("'%s' is %s, %s was expected"):format(path, descriptions[ix:format()], descriptions[format])
     ix:close()
-    return nil, ("'%s' is a GGUF file, safetensors was expected: wane.checkpoint.open reads it"):format(path), "WANE_E_FORMAT"
+    return nil, message, "WANE_E_FORMAT"
   end
   local requests, metadata, tensors = {}, {}, {}
-  for _, key in ipairs(ix:keys()) do metadata[key] = ix:meta(key) end
+  for _, key in ipairs(format == "torch" and {} or ix:keys()) do metadata[key] = ix:meta(key) end
   for i = 0, ix:count() - 1 do requests[#requests + 1] = { entry = ix:entry(i) } end
   local list
   list, message, code = require("wane.loader").load({ path = path, index = ix }, requests, opts)
@@ -216,6 +246,24 @@ function M.read_safetensors(path, opts)
   if not list then return nil, message, code end
   for i, request in ipairs(requests) do tensors[request.entry.name] = list[i] end
   return tensors, metadata
+end
+
+--- The tensors of a safetensors file (or of a list of shards), mapped: reading them costs nothing until they are used.
+-- The file must not be truncated meanwhile; opts.io = "read" copies instead. F64 comes as f32, I16 as i32.
+-- @param path string
+-- @param opts table|nil { io = "mmap" | "read" }
+-- @return table|nil { name = Tensor }, table|string metadata or message, string|nil code
+function M.read_safetensors(path, opts) return read_all(path, "safetensors", opts) end
+
+--- The tensors of a file of torch.save (pytorch_model.bin, adapter_model.bin; or of a list of shards): a dict from names to tensors. Nothing
+-- in the file is run. Mapped where they lie in order and aligned, else copied; float64 comes as f32, int16 as i32.
+-- @param path string
+-- @param opts table|nil { io = "mmap" | "read" }
+-- @return table|nil { name = Tensor }, string|nil message, string|nil code
+function M.read_torch(path, opts)
+  local tensors, message, code = read_all(path, "torch", opts)
+  if not tensors then return nil, message, code end
+  return tensors
 end
 
 --- Writes a safetensors file: whole or not at all (a temporary file is renamed; a full disk leaves the old file).

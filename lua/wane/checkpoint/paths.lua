@@ -1,4 +1,4 @@
---- Files and folders as the writers need them: sizes, listings, and which path is which place.
+--- Files and folders as readers and writers need them: sizes, listings, which path is which place, and which files are a model's own.
 -- @module wane.checkpoint.paths
 local ffi = require "ffi"
 local core = require "wane.core"
@@ -52,6 +52,28 @@ function M.list(path)
   end
   table.sort(names)
   return names
+end
+
+-- ---------------------------------------------------------------- links
+
+local function is_below(path, folder) return path:sub(1, #folder + 1) == folder .. "/" end
+
+--- Does a file of a model's folder, links followed, belong to it? A downloaded folder may hold symbolic links. They are followed where
+-- people and tools put them: to other files of the folder and to its neighbours (the folder's parent and what is below it), and from
+-- snapshots/<revision> of the Hugging Face cache to the blobs of the same repository. A link that leads anywhere else would make wane
+-- read a file that the folder has no business with.
+-- @param folder string
+-- @param path string a file in it; one that is not there passes: opening it says so better
+-- @return true|nil, string|nil message, string|nil code
+function M.check(folder, path)
+  local home, target = M.real(folder), M.real(path)
+  if not home or not target or home == "/" or is_below(target, home) then return true end
+  local parent = home:match "^(.+)/[^/]*$"              -- nil in the root: everything would be a neighbour there
+  if parent and is_below(target, parent) then return true end
+  local repository = parent and parent:match "^(.+)/snapshots$"
+  if repository and is_below(target, repository .. "/blobs") then return true end
+  return nil, ("'%s' is a symbolic link to '%s', outside of the model's folder: copy the file there if it belongs to the model"):format(path, target),
+    "WANE_E_FORMAT"
 end
 
 return M
