@@ -30,10 +30,13 @@ end })
 
 M.scope = core.scope
 
---- Loads a model: its name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder,
--- a .gguf file, a folder quantized by bitsandbytes or wane.
+--- Loads a model: its name in the local Hugging Face cache (org/name, org/name@revision), a Hugging Face folder (safetensors or
+-- pytorch_model.bin), a .gguf file, a folder quantized by bitsandbytes or wane.
+-- Weights that the files lack are an error; missing = "allow" makes new ones, as transformers does. model.report lists them, and the
+-- tensors of the files that the model has no use for: { missing = string[], unexpected = string[] }.
 -- @param path string
--- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false }
+-- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false,
+--   missing = "error" | "allow", variant = nil | "fp16" }
 -- @return wane.Model|nil model, wane.Tokenizer|string tok or message, string|nil code
 function M.load(path, opts) return require("wane.load").load(path, opts) end
 

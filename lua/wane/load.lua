@@ -70,7 +70,18 @@ local function fits(entry, shape)
   return true
 end
 
-local function plan(tree, ckpt, scheme)
+-- "a, b, …"
+local function some(list)
+  return table.concat(list, ", ", 1, math.min(#list, 5)) .. (#list > 5 and ", …" or "")
+end
+
+local function names_of(missing)
+  local names = {}
+  for i, m in ipairs(missing) do names[i] = m.name end
+  return names
+end
+
+local function plan(tree, ckpt, scheme, allow_missing)
   local family, config = tree.family, tree.config
   local skip = scheme and M.skip_list(scheme, family)
   local requests, missing, tied = {}, {}, false
@@ -104,15 +115,16 @@ local function plan(tree, ckpt, scheme)
           tied = true
         end
       else
-        missing[#missing + 1] = name
+        missing[#missing + 1] = { name = name, module = module, field = p.name, shape = p.shape,
+                                  scheme = p.name == "weight" and weight_scheme(path, module, scheme, skip) or nil }
       end
     end
   end
-  if #missing > 0 then
-    return nil, ("%s: %d tensor(s) of the model are missing: %s%s"):format(ckpt.path, #missing, table.concat(missing, ", ", 1, math.min(#missing, 5)),
-      #missing > 5 and ", …" or ""), "WANE_E_FORMAT"
+  if #missing > 0 and not allow_missing then
+    return nil, ('%s: %d tensor(s) of the model are missing: %s (missing = "allow" fills them as a new model\'s)'):format(ckpt.path, #missing,
+      some(names_of(missing))), "WANE_E_FORMAT"
   end
-  return requests, tied
+  return requests, tied, missing
 end
 
 --- Sets a Linear up for the weight that it got. `origin`, the dtype before quantization, is for whoever saves it.
@@ -122,10 +134,50 @@ local function dress(module, r)
   if quant and r.field == "weight" then module.origin = r.entry.quant and r.entry.quant.dtype or r.entry.dtype end
 end
 
+-- Values of weights that the files lack, as transformers' _init_weights gives them: matrices normal with the config's
+-- initializer_range, norms 1 (as they act: a Gemma norm adds 1 to what it stores), biases 0.
+local function fill(missing, config)
+  local create, s = require "wane.tensor.create", core.stream()
+  local scope = core.C.wane_scope_swap(s, nil)         -- they are weights: no scope owns them
+  local ok, message = pcall(function()
+    for i, m in ipairs(missing) do
+      local t
+      if #m.shape > 1 then
+        local how = { seed = i, std = config.initializer_range or 0.02 }
+        for d, size in ipairs(m.shape) do how[d] = size end
+        t = create.randn(how)
+      else
+        t = create.full(m.shape, m.field == "weight" and 1 - (m.module.offset or 0) or 0)
+      end
+      m.module[m.field] = m.scheme and require("wane.quant").quantize(t, m.scheme) or t
+      if m.module.in_features then dress(m.module, { scheme = m.scheme, field = m.field, entry = { dtype = "f32" } }) end
+    end
+  end)
+  core.C.wane_scope_swap(s, scope)
+  if not ok then error(message, 0) end
+end
+
+-- What the model wanted and the files lack, and the other way round, by name; what both mean is told in the warnings.
+local function report_of(tree, ckpt, missing, warnings)
+  local wanted = {}
+  for path, module in tree:modules() do
+    for _, p in ipairs(module:own_parameters()) do wanted[#wanted + 1] = path .. "." .. p.name end
+  end
+  local report = { missing = names_of(missing), unexpected = ckpt:report(wanted).unexpected }
+  if #missing > 0 then
+    warnings[#warnings + 1] = ("%s lacks %d tensor(s) of the model, which got new values: %s"):format(ckpt.path, #missing, some(report.missing))
+  end
+  if #report.unexpected > 0 then
+    warnings[#warnings + 1] = ("%s holds %d tensor(s) that the model has no use for: %s"):format(ckpt.path, #report.unexpected, some(report.unexpected))
+  end
+  return report
+end
+
 -- ---------------------------------------------------------------- load
 
+local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true,
+                missing = true, variant = true }
 local known_scheme = { type = true, block_size = true, double_quant = true, compute = true, skip = true, threshold = true, rules = true }
-local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true }
 
 --- Raises for a name that is not in `names`: a misspelt option would load another model than was asked for.
 local function check_names(what, given, names)
@@ -139,8 +191,8 @@ end
 local function read(path, scheme, opts, ckpt)
   local tree, message, code = models.build(ckpt.config)
   if not tree then return nil, path .. ": " .. message, code end
-  local requests, tied, reason = plan(tree, ckpt, scheme)
-  if not requests then return nil, tied, reason end
+  local requests, tied, missing = plan(tree, ckpt, scheme, opts.missing == "allow")
+  if not requests then return nil, tied, missing end
   local tensors
   tensors, message, code = require("wane.loader").load(ckpt, requests, {
     progress = opts.progress, io = opts.io, cancelled = opts.cancelled, started = opts.started,
@@ -159,9 +211,11 @@ local function read(path, scheme, opts, ckpt)
     end
     if r.module.in_features then dress(r.module, r) end
   end
+  fill(missing, tree.config)
   local family = tree.family
   if tied then tree:find(family.head).weight = tree:find(family.embedding).weight end
   local model = Model.new(tree)
+  model.report = report_of(tree, ckpt, missing, warnings)
   model.path, model.scheme, model.generation_config, model.warnings = path, scheme or ckpt.quant, ckpt.generation_config or {}, warnings
   model.source_config, model.config_text = ckpt.config, ckpt.config_text      -- what save() writes, rather than the completed one
   return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
@@ -174,9 +228,12 @@ function M.load(path, opts)
   opts = opts or {}
   check_names("load", opts, known)
   if type(opts.quant) == "table" then check_names("quant", opts.quant, known_scheme) end
+  if opts.missing ~= nil and opts.missing ~= "error" and opts.missing ~= "allow" then
+    core.raise("load: missing is 'error' or 'allow', found '%s'", tostring(opts.missing))
+  end
   local scheme = M.scheme(opts.quant)
   if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
-  local ckpt, message, code = require("wane.checkpoint").open(path)
+  local ckpt, message, code = require("wane.checkpoint").open(path, { variant = opts.variant })
   if not ckpt then return nil, message, code end
   local model
   model, message, code = read(path, scheme, opts, ckpt)

@@ -16,6 +16,7 @@ local IGNORED = -100                   -- a label that is not scored (torch.nn.C
 ---@field generation_config table defaults of generate()
 ---@field path string|nil
 ---@field warnings string[] what the load did that its caller may not have meant
+---@field report table { missing = string[], unexpected = string[] }: tensors of the model that the files lack, and the other way round
 local Model = setmetatable({ __call = module.Module.__call, __tostring = module.Module.__tostring }, { __index = module.Module })
 Model.__index = Model
 

@@ -64,7 +64,10 @@ end
 
 -- `weights`: a file of the folder, where the caller named one.
 local function open_folder(path, weights, variant)
-  local config, message, code = json.read(path .. "/config.json")
+  local ok, message, code = paths.check(path, path .. "/config.json")
+  if not ok then return nil, message, code end
+  local config
+  config, message, code = json.read(path .. "/config.json")
   if not config then
     if not is_file(path .. "/config.json") then
       local unfinished = require("wane.checkpoint.staging").complaint(path)
@@ -83,7 +86,6 @@ local function open_folder(path, weights, variant)
   end
   if not weights then weights, message, code = weights_of(path, config, variant) end
   if not weights then return nil, message, code end
-  local ok
   ok, message, code = paths.check(path, weights)
   if not ok then return nil, message, code end
   self.index, message, code = index.open(weights)

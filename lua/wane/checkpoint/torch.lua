@@ -13,6 +13,7 @@ local zip = require "wane.checkpoint.zip"
 local M = {}
 
 local MOST_PICKLE = 64 * 2 ^ 20
+local REPEATED_MOST, REPEATS = 16 * 2 ^ 20, 4
 local MAGIC = "\128\2\138\10\108\252\156\70\249\32\106\168\80\25\46"          -- the pickled number 0x1950a86a20f9469cfc6c
 
 -- ---------------------------------------------------------------- bytes of a file
@@ -50,11 +51,14 @@ local function place(file, storage, offset, bytes)
 end
 
 local function read_zip(file)
-  local entries, by_name = zip.entries(file)
+  local entries, by_name = zip.entries(file, function(by_name)
+    for name in pairs(by_name) do
+      if name:find "^[^/]+/constants%.pkl$" then file.fail("holds a TorchScript program, a state dict was expected: save model.state_dict()") end
+    end
+  end)
   local top = entries[1] and entries[1].name:match "^([^/]+)/"
   local data = top and by_name[top .. "/data.pkl"]
   if not data then file.fail("is a zip archive without data.pkl in its top folder: no file of torch.save") end
-  if by_name[top .. "/constants.pkl"] then file.fail("holds a TorchScript program, a state dict was expected: save model.state_dict()") end
   local order = by_name[top .. "/byteorder"]
   if order and (order.size > 16 or file.read(order.offset, order.size) ~= "little") then
     file.fail("was written on a big-endian machine: load it with torch there and save it as safetensors")
@@ -139,6 +143,15 @@ end
 
 local raw = ffi.new "wane_entry"
 
+-- A tensor whose strides repeat values is longer in memory than in its file; this much more, and it is made to fill the memory.
+local function check_repeats(file, name, t)
+  local bytes = t.width
+  for _, size in ipairs(t.shape) do bytes = bytes * size end
+  if bytes > REPEATED_MOST + REPEATS * file.size then
+    file.fail("tensor '%s' repeats its values to %.0f bytes, far more than the file has: it is damaged or a trap", name, bytes)
+  end
+end
+
 -- Tells the index of one tensor.
 local function describe(ix, file, name, t)
   if name == "" or name:find "[%z\1-\31\127]" then
@@ -149,6 +162,7 @@ local function describe(ix, file, name, t)
   if span > 0 and (t.offset + span) * t.width > s.bytes then
     file.fail("tensor '%s' reaches to byte %.0f of a storage of %.0f", name, (t.offset + span) * t.width, s.bytes)
   end
+  check_repeats(file, name, t)
   ffi.fill(raw, ffi.sizeof(raw))
   raw.name, raw.dtype_name, raw.file, raw.ndim = name, t.dtype, file.number, #t.shape
   raw.offset, raw.bytes = s.at + (span > 0 and t.offset * t.width or 0), span * t.width

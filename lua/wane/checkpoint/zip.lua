@@ -92,7 +92,6 @@ local function directory(file, last)
     local e = { name = text:sub(at + 46, extra - 1), flags = number(text, at + 8, 2), method = number(text, at + 10, 2),
                 packed = number(text, at + 20, 4), size = number(text, at + 24, 4), header = number(text, at + 42, 4) }
     widen(file, e, text:sub(extra, extra + extra_bytes - 1))
-    check_entry(file, e)
     entries[i] = e
     at = extra + extra_bytes + comment_bytes
   end
@@ -115,15 +114,21 @@ end
 
 --- Reads the table of contents.
 -- @param file table { size, read = function(offset, bytes) -> string, fail = function(format, …) that raises }
+-- @param look function(by_name)|nil called when the names are known and nothing else is judged yet
 -- @return table[] entries { name, offset, size } in the order of the directory, table the same by name
-function M.entries(file)
+function M.entries(file, look)
   local last = find_end(file)
   local entries = directory(file, last)
   local by_name, by_place = {}, {}
-  for i, e in ipairs(entries) do
+  for _, e in ipairs(entries) do
     if by_name[e.name] then file.fail("has two entries called '%s'", e.name) end
+    by_name[e.name] = e
+  end
+  if look then look(by_name) end
+  for i, e in ipairs(entries) do
+    check_entry(file, e)
     place(file, e, last.offset)
-    by_name[e.name], by_place[i] = e, e
+    by_place[i] = e
   end
   table.sort(by_place, function(a, b) return a.header < b.header end)
   for i = 2, #by_place do
