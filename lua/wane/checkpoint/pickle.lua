@@ -72,6 +72,7 @@ function Reader:line()
   self.file.fail("pickle, byte %.0f: a name without end", at)
 end
 
+--- The next `n` bytes as an unsigned little-endian number.
 function Reader:number(n)
   local s, value = self:take(n), 0
   for i = n, 1, -1 do value = value * 256 + s:byte(i) end
