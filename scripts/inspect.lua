@@ -98,7 +98,7 @@ local function count_bad(ckpt, entry)
   return nan, infinite
 end
 
-local floats = { f32 = true, f16 = true, bf16 = true }
+local floats = { f32 = true, f16 = true, bf16 = true, f64 = true }
 
 local function check_values(ckpt, rows)
   local progress, done = cli.progress("checking", "tensors"), 0

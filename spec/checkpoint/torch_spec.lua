@@ -1,5 +1,6 @@
 -- Files of torch.save: golden tensors of every dtype and layout, both formats, and whatever must be refused. The files are made by
 -- spec/fixtures/make/torch_files.py (torch's own values beside them) and spec/fixtures/make/models.py.
+local ffi = require "ffi"
 local core = require "wane.core"
 local checkpoint = require "wane.checkpoint"
 local index = require "wane.checkpoint.index"
@@ -289,6 +290,80 @@ describe("torch files", function()
       local locator = "PK\6\7" .. files.u32(0) .. files.u64(#bytes - 22) .. files.u32(1)
       local last = end_record(0xffff, 0xffffffff, 0xffffffff)
       assert.same({ 0.5, 2 }, assert(checkpoint.read_torch(path_of(bytes:sub(1, -23) .. record .. locator .. last))).a:totable())
+    end)
+  end)
+
+  -- The same rules once more in C, whatever Lua checked before.
+  describe("describing in C", function()
+    local C = core.C
+    local ix
+    before_each(function() ix = assert(index.open(path_of((archive "\128\2}.")))) end)
+
+    local function entry(change)
+      local e = ffi.new "wane_entry"
+      e.name, e.dtype_name, e.ndim, e.bytes, e.offset = "t", "F32", 2, 24, 40
+      e.shape[0], e.shape[1] = 2, 3
+      for field, value in pairs(change) do
+        if field == "shape" or field == "stride" then for i, v in ipairs(value) do e[field][i - 1] = v end else e[field] = value end
+      end
+      return e
+    end
+
+    it("takes what fits, strided and of unknown dtypes too", function()
+      assert.equal(0, C.wane_index_describe(ix:live(), entry {}))
+      assert.equal(0, C.wane_index_describe(ix:live(), entry { name = "s", strided = 1, stride = { 1, 2 }, bytes = 24 }))
+      assert.equal(0, C.wane_index_describe(ix:live(), entry { name = "u", dtype_name = "C128" }))
+      assert.same({ 1, 2 }, ix:find("s").stride)
+      assert.equal("f32", ix:find("t").dtype)
+      assert.is_nil(ix:find("u").dtype)
+      assert.equal("C128", ix:find("u").file_dtype)
+    end)
+
+    for _, case in ipairs {
+      { "bytes that the shape does not need", { bytes = 20 }, "does not have the bytes" },
+      { "bytes that the strides do not reach", { strided = 1, stride = { 3, 2 } }, "does not have the bytes" },
+      { "a place past the end", { offset = 10000 }, "past the end" }, { "a place that overflows", { offset = -1024ULL }, "past the end" },
+      { "sizes that overflow", { shape = { 2 ^ 40, 2 ^ 40 } }, "overflow" }, { "a negative size", { shape = { -2, 3 } }, "negative" },
+      { "a negative stride", { strided = 1, stride = { -1, 1 } }, "negative" },
+      { "strides that overflow", { strided = 1, stride = { 2 ^ 62, 2 ^ 62 } }, "overflow" },
+      { "nine dimensions", { ndim = 9 }, "8 dimensions" }, { "a file that is none", { file = 1 }, "file 1 of an index of 1", "WANE_E_ARG" },
+      { "no name", { name = "" }, "needs a name", "WANE_E_ARG" },
+    } do
+      it("refuses " .. case[1], function()
+        local _, message, code = core.failure(C.wane_index_describe(ix:live(), entry(case[2])))
+        assert.equal(case[4] or "WANE_E_FORMAT", code)
+        assert.truthy(message:find(case[3], 1, true), message)
+        assert.equal(0, ix:count())
+      end)
+    end
+
+    it("refuses a name twice, other formats' indexes, reads past the end", function()
+      core.check(C.wane_index_describe(ix:live(), entry {}))
+      local _, message = core.failure(C.wane_index_describe(ix:live(), entry {}))
+      assert.truthy(message:find("occurs twice", 1, true), message)
+      local other = assert(index.open(torch .. "small.safetensors"))
+      _, message = core.failure(C.wane_index_describe(other:live(), entry {}))
+      assert.truthy(message:find("torch files only", 1, true), message)
+      local size, byte = C.wane_index_file_size(ix:live(), 0), ffi.new "char[8]"
+      assert.equal(0, tonumber(C.wane_index_file_size(ix:live(), 1)))
+      assert.equal(0, C.wane_index_file_read(ix:live(), 0, size - 1, byte, 1))
+      assert.equal(C.WANE_E_FORMAT, C.wane_index_file_read(ix:live(), 0, size - 1, byte, 2))
+      assert.equal(C.WANE_E_FORMAT, C.wane_index_file_read(ix:live(), 0, size + 1, byte, 0))
+      assert.equal(C.WANE_E_ARG, C.wane_index_file_read(ix:live(), 1, 0, byte, 1))
+    end)
+
+    it("strided views stay within their tensor", function()
+      local t = require("wane").arange(6)
+      local function view(shape, stride)
+        local h = core.handle_type()
+        return C.wane_view_strided(core.stream(), h, t.h, #shape, ffi.new("int64_t[8]", shape), ffi.new("int64_t[8]", stride)), h
+      end
+      local status, h = view({ 3, 2 }, { 1, 3 })
+      assert.equal(0, status)
+      assert.same({ { 0, 3 }, { 1, 4 }, { 2, 5 } }, require("wane.tensor").wrap(h):totable())
+      for _, bad in ipairs { { { 7 }, { 1 } }, { { 2, 2 }, { 3, 3 } }, { { 2 }, { -1 } }, { { 2 ^ 40, 2 ^ 40 }, { 0, 0 } } } do
+        assert.equal(C.WANE_E_SHAPE, (view(bad[1], bad[2])))
+      end
     end)
   end)
 
