@@ -30,13 +30,14 @@ local function strided_source(job, entry, options)
     return nil, ("'%s': the quantized codes of '%s' do not lie in the order of its shape: save its .contiguous()"):format(job.path, entry.name),
       "WANE_E_UNSUPPORTED"
   end
-  local last = 1
-  for d, size in ipairs(entry.shape) do last = last + (size - 1) * entry.stride[d] end
-  local span = setmetatable({ stride = false, shape = { last } }, { __index = entry })
+  local stride, last = entry.stride, 1
+  if entry.arrange == "transpose" then stride = { stride[2], stride[1] } end         -- the shape has been turned already
+  for d, size in ipairs(entry.shape) do last = last + (size - 1) * stride[d] end
+  local span = setmetatable({ stride = false, arrange = false, shape = { last } }, { __index = entry })
   local quantized = options.block_size ~= nil
   local s, message, code = source(job, span, { target = not quantized and options.target or nil })
   if not s then return nil, message, code end
-  s.stride, s.full_shape = entry.stride, entry.shape
+  s.stride, s.full_shape = stride, entry.shape
   s.scheme = quantized and { options.target, options.block_size, options.nested } or nil
   return s
 end
