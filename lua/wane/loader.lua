@@ -30,7 +30,7 @@ local function strided_source(job, entry, options)
     return nil, ("'%s': the quantized codes of '%s' do not lie in the order of its shape: save its .contiguous()"):format(job.path, entry.name),
       "WANE_E_UNSUPPORTED"
   end
-  local stride, last = entry.stride, 1
+  local stride, last = entry.stride or { entry.shape[1], 1 }, 1
   if entry.arrange == "transpose" then stride = { stride[2], stride[1] } end         -- the shape has been turned already
   for d, size in ipairs(entry.shape) do last = last + (size - 1) * stride[d] end
   local span = setmetatable({ stride = false, arrange = false, shape = { last } }, { __index = entry })
@@ -45,7 +45,8 @@ end
 -- A stored tensor that becomes one tensor: mapped, or item `item` of the load. options: source, shape, target (dtype name), and for
 -- quantized targets block_size, nested.
 function source(job, entry, options)
-  if entry.stride then return strided_source(job, entry, options) end
+  -- C turns float matrices round while it reads them; f64 and i16 ones go the way of the strided.
+  if entry.stride or (entry.arrange == "transpose" and read_as[entry.dtype]) then return strided_source(job, entry, options) end
   local dtype = options.source or entry.dtype
   local target = options.target or read_as[dtype] or dtype
   if not dtype then

@@ -1,10 +1,12 @@
 -- Which files of a folder are read, which links are followed, how names are resolved, and what is said of tensors too few and too many.
+local ffi = require "ffi"
 local cjson = require "cjson"
 local wane = require "wane"
 local checkpoint = require "wane.checkpoint"
 local F = require "wane.nn.functional"
 local files = require "support.files"
 local safetensors = require "support.safetensors"
+local torch = require "support.torch"
 
 local models = "spec/fixtures/models/"
 local program = os.getenv "WANE_BIN" or "bin/wane"
@@ -177,13 +179,38 @@ describe("folders", function()
   end
 
   describe("models", function()
-    it("gpt_neox_bin gives transformers' logits, its buffers ignored", function()
-      for _, io_mode in ipairs { "mmap", "read" } do
-        local model = assert(wane.load(models .. "gpt_neox_bin", { tokenizer = false, compute = "f32", io = io_mode }))
-        local worst = distance(model, "gpt_neox")
-        print(("  gpt_neox_bin, %s: logits, largest difference %.2g"):format(io_mode, worst))
-        assert.is_true(worst <= 2e-4)
-        assert.same({ missing = {}, unexpected = {} }, model.report)
+    for _, name in ipairs { "bloom_bin", "bloom_legacy_bin", "bloom_sharded_bin", "bloom_sharded", "bloom_bf16", "gpt_neox_bin", "gpt_neox_sharded",
+                            "opt_bin", "opt_sharded" } do
+      it(name .. " gives transformers' logits; nothing is missing or left over", function()
+        for _, io_mode in ipairs { "mmap", "read" } do
+          local model = assert(wane.load(models .. name, { tokenizer = false, compute = "f32", io = io_mode }))
+          local worst = distance(model, (name:gsub("_bin$", ""):gsub("_legacy$", ""):gsub("_sharded$", ""):gsub("_bf16$", "")))
+          print(("  %s, %s: logits, largest difference %.2g"):format(name, io_mode, worst))
+          assert.is_true(worst <= 2e-4)
+          assert.same({ missing = {}, unexpected = {} }, model.report)
+          model:close()
+        end
+      end)
+    end
+
+    -- GPT-2 stores [in, out]; a file of its transposed views is [out, in] in memory with the strides turned.
+    it("gpt2 in transposed views and in f64 gives transformers' logits", function()
+      local tensors = assert(checkpoint.read_safetensors(models .. "gpt2/model.safetensors"))
+      for _, class in ipairs { "FloatStorage", "DoubleStorage" } do
+        local entries, blobs, at = {}, {}, 0
+        for name, values in pairs(tensors) do
+          local shape = values:shape()
+          if #shape == 2 then values = values:t():contiguous() end
+          local x, n = files.floats(values)
+          local y = ffi.new(class == "FloatStorage" and "float[?]" or "double[?]", n)
+          for k = 0, n - 1 do y[k] = x[k] end
+          entries[#entries + 1], blobs[#blobs + 1] = { name = name, shape = shape, offset = at }, ffi.string(y, ffi.sizeof(y))
+          at = at + n
+        end
+        write("pytorch_model.bin", torch.archive(class, entries, table.concat(blobs), at))
+        copy "gpt2/config.json"
+        local model = assert(wane.load(folder, { tokenizer = false, compute = "f32" }))
+        assert.is_true(distance(model, "gpt2") <= 2e-4)
         model:close()
       end
     end)

@@ -6,41 +6,16 @@ local checkpoint = require "wane.checkpoint"
 local index = require "wane.checkpoint.index"
 local loader = require "wane.loader"
 local files = require "support.files"
+local handmade = require "support.torch"
 local mutate = require "support.mutate"
 
 local torch, models = "spec/fixtures/torch/", "spec/fixtures/models/"
 local folder
 
--- A zip archive of entries { name, bytes, [flags, method, size, header] }: `change(text)` of the whole may follow.
-local function zip(entries)
-  local body, directory, places = {}, {}, 0
-  for _, e in ipairs(entries) do
-    local name, data = e[1], e[2]
-    local place = e.header or places
-    local head = "PK\3\4" .. files.le(20, 2) .. files.le(e.flags or 0, 2) .. files.le(e.method or 0, 2) .. files.u32(0) .. files.u32(0)
-      .. files.u32(#data) .. files.u32(e.size or #data) .. files.le(#(e.inner or name), 2) .. files.le(0, 2) .. (e.inner or name)
-    directory[#directory + 1] = "PK\1\2" .. files.le(20, 2) .. files.le(20, 2) .. files.le(e.flags or 0, 2) .. files.le(e.method or 0, 2) .. files.u32(0)
-      .. files.u32(0) .. files.u32(e.packed or #data) .. files.u32(e.size or #data) .. files.le(#name, 2) .. files.le(#(e.extra or ""), 2) .. files.le(0, 2)
-      .. files.le(0, 2) .. files.le(0, 2) .. files.u32(0) .. files.u32(place) .. name .. (e.extra or "")
-    body[#body + 1] = head .. data
-    places = places + #head + #data
-  end
-  local central = table.concat(directory)
-  return table.concat(body) .. central .. "PK\5\6" .. files.le(0, 2) .. files.le(0, 2) .. files.le(#entries, 2) .. files.le(#entries, 2)
-    .. files.u32(#central) .. files.u32(places) .. files.le(0, 2), places, #central
-end
-
--- Pickles by hand.
-local function text(s) return "X" .. files.u32(#s) .. s end
-local function global(module, name) return "c" .. module .. "\n" .. name .. "\n" end
-local rebuild, ordered = global("torch._utils", "_rebuild_tensor_v2"), global("collections", "OrderedDict")
-local function storage(class, key, count) return "(" .. text "storage" .. class .. text(key) .. text "cpu" .. "J" .. files.u32(count) .. "tQ" end
-local function tensor(from, offset, shape, stride)
-  return rebuild .. "(" .. from .. "J" .. files.u32(offset) .. shape .. stride .. "\137" .. ordered .. ")RtR"
-end
+local zip, text, global, storage, tensor, dict = handmade.zip, handmade.text, handmade.global, handmade.storage, handmade.tensor, handmade.dict
+local rebuild, ordered = handmade.rebuild, handmade.ordered
 local float = global("torch", "FloatStorage")
 local plain = tensor(storage(float, "0", 2), 0, "K\2\133", "K\1\133")
-local function dict(...) return "\128\2}(" .. table.concat { ... } .. "u." end
 local values = files.le(0, 3) .. "\63" .. files.le(0, 3) .. "\64"                    -- 0.5, 2
 local function archive(pickle, extra)
   local entries = { { "m/data.pkl", pickle }, { "m/data/0", values } }

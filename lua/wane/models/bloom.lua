@@ -45,6 +45,7 @@ return {
   prefix = "transformer",
   embedding = "transformer.word_embeddings",
   head = "lm_head",
+  buffers = { "%.scale_mask_softmax%.causal_mask$" },  -- in older files
   aliases = { n_embed = "hidden_size", n_layer = "num_hidden_layers", n_head = "num_attention_heads", layer_norm_epsilon = "layer_norm_eps" },
 
   --- Fills in what a config may leave unsaid (configuration_bloom.py).

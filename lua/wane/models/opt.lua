@@ -49,6 +49,7 @@ return {
   prefix = "model.decoder",
   embedding = "model.decoder.embed_tokens",
   head = "lm_head",
+  buffers = { "%.decoder%.version$" },    -- in older files
   aliases = { ffn_dim = "intermediate_size", activation_function = "hidden_act" },
 
   --- Fills in what a config may leave unsaid (configuration_opt.py).
