@@ -89,12 +89,12 @@ local function plan(tree, ckpt, scheme, allow_missing)
     for _, p in ipairs(module:own_parameters()) do
       local name = path .. "." .. p.name
       local entry = ckpt:find(name)
+      local wanted = p.name == "weight" and module.in_features and M.scheme_at(path, scheme, skip) or nil
       if entry then
         if not fits(entry, p.shape) then
           return nil, ("%s: '%s' has shape [%s], the config asks for [%s]"):format(ckpt.path, entry.name, table.concat(entry.shape, ", "),
             table.concat(p.shape, ", ")), "WANE_E_FORMAT"
         end
-        local wanted = p.name == "weight" and module.in_features and M.scheme_at(path, scheme, skip) or nil
         if entry.quant and wanted and entry.quant.type ~= wanted.type then
           return nil, ("%s: '%s' is already quantized (%s); load it without quant, or quantize the original checkpoint"):format(
             ckpt.path, entry.name, entry.quant.type), "WANE_E_ARG"
@@ -107,16 +107,14 @@ local function plan(tree, ckpt, scheme, allow_missing)
         end
         requests[#requests + 1] = request
       elseif path == family.head and p.name == "weight" and config.tie_word_embeddings ~= false then
-        local own = module.in_features and M.scheme_at(path, scheme, skip)
-        local table_ = own and ckpt:find(family.embedding .. ".weight")
+        local table_ = wanted and ckpt:find(family.embedding .. ".weight")
         if table_ and not table_.quant then             -- the skip list leaves the head out, so it is quantized: the pair is split
-          requests[#requests + 1] = { entry = table_, module = module, field = p.name, path = path, scheme = own, split = true }
+          requests[#requests + 1] = { entry = table_, module = module, field = p.name, path = path, scheme = wanted, split = true }
         else
           tied = true
         end
       else
-        missing[#missing + 1] = { name = name, module = module, field = p.name, shape = p.shape,
-                                  scheme = p.name == "weight" and weight_scheme(path, module, scheme, skip) or nil }
+        missing[#missing + 1] = { name = name, module = module, field = p.name, shape = p.shape, scheme = wanted }
       end
     end
   end

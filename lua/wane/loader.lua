@@ -18,8 +18,9 @@ local PARTS = C.WANE_PARTS
 
 local arrangements = { rope = C.WANE_ARRANGE_ROPE, qkv = C.WANE_ARRANGE_QKV, transpose = C.WANE_ARRANGE_TRANSPOSE }
 
--- What a stored kind is read as where nothing else is asked for: no tensor holds it.
-local read_as = { f64 = "f32", i16 = "i32" }
+--- What a stored kind is read as where nothing else is asked for: no tensor holds it.
+M.read_as = { f64 = "f32", i16 = "i32" }
+local read_as = M.read_as
 
 local source
 

@@ -209,6 +209,10 @@ describe("folders", function()
         end
         write("pytorch_model.bin", torch.archive(class, entries, table.concat(blobs), at))
         copy "gpt2/config.json"
+        local c, out = assert(checkpoint.open(folder)), files.folder()
+        assert(checkpoint.write_quantized(out, { checkpoint = c, scheme = { type = "nf4" } }))
+        local plain = assert(checkpoint.read_safetensors(out .. "/model.safetensors"))["transformer.wte.weight"]
+        assert.is_true(files.bytes(tensors["transformer.wte.weight"]) == files.bytes(plain))
         local model = assert(wane.load(folder, { tokenizer = false, compute = "f32" }))
         assert.is_true(distance(model, "gpt2") <= 2e-4)
         model:close()

@@ -109,7 +109,7 @@ local function plain_dtype(entry, wanted)
   local dtype = entry.dtype
   if dtype == "f32" or dtype == "f16" or dtype == "bf16" then return wanted or dtype end
   if layout.widths[dtype] then return dtype end
-  return wanted or "f32"                               -- GGUF blocks: their exact values
+  return dtype == "i16" and "i32" or wanted or "f32"   -- GGUF blocks: their exact values
 end
 
 local PIECE = 8 * 1024 * 1024
@@ -173,7 +173,7 @@ local function item_of(ckpt, name, entry, scheme, opts)
       entry.arrange, item.shape = entry.arrange ~= "transpose" and "transpose" or nil, { entry.shape[2], entry.shape[1] }
       entry.shape = item.shape
     end
-    local large = entry.bytes > PIECE and #entry.shape > 1 and entry.dtype and not entry.arrange
+    local large = entry.bytes > PIECE and #entry.shape > 1 and entry.dtype and not entry.arrange and not entry.stride and not loader.read_as[entry.dtype]
     if large then item.pieces = function() return rows_of(item) end end
   end
   item.load = loader_of(ckpt, item, opts)
