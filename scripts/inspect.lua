@@ -155,13 +155,8 @@ local function plans_of(args, config)
   return list
 end
 
--- 8650752 as "8,650,752".
-local function commas(n)
-  local text = ("%d"):format(n):reverse():gsub("(%d%d%d)", "%1,"):reverse()
-  return (text:gsub("^,", ""))
-end
-
 local function plan_command(args, path)
+  local commas = require("wane.lora.count").commas
   local config = config_of(path)
   local plans = plans_of(args, config)
   if args.json then

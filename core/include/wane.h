@@ -608,6 +608,16 @@ WANE_API void wane_encoding_free(wane_encoding *e);
  * to `out` (no NUL) and sets *bytes to the length of the whole text: when it is larger than size, call again with more room. */
 WANE_API int wane_tokenizer_decode(const wane_tokenizer *t, const int32_t *ids, int64_t count, int skip_special, char *out, size_t size, size_t *bytes);
 
+/* ---- patterns for names ---- */
+/* A PCRE2 pattern (UTF, UCP) that must match the whole of a text. One thread at a time. */
+typedef struct wane_pattern wane_pattern;
+/* The caller owns it. WANE_E_FORMAT, with place and reason, for what does not compile. */
+WANE_API int wane_pattern_new(wane_pattern **out, const char *pattern, size_t bytes);
+/* NULL is a no-op. */
+WANE_API void wane_pattern_free(wane_pattern *p);
+/* 1 if all of `text` (ASCII, at most 1 MiB) matches, 0 if not; WANE_E_FORMAT for a pattern that would take too long on it. */
+WANE_API int wane_pattern_match(wane_pattern *p, const char *text, size_t bytes);
+
 #ifdef __cplusplus
 } /* c++ */
 #endif

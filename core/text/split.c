@@ -10,7 +10,8 @@ struct text_regex { pcre2_code *code; int jit; };
 static void *take(size_t bytes, void *data) { (void)data; return wane_alloc(bytes, "a pattern"); }
 static void give(void *p, void *data) { (void)data; wane_release(p); }
 
-static int compile(text_matcher *m, const char *pattern, size_t n) {
+/* flags: PCRE2 options beside those that every pattern gets. */
+static int compile(text_matcher *m, const char *pattern, size_t n, uint32_t flags) {
   int code = 0;
   size_t at = 0;
   pcre2_general_context *memory = pcre2_general_context_create(take, give, NULL);
@@ -19,8 +20,7 @@ static int compile(text_matcher *m, const char *pattern, size_t n) {
   if (m->regex) {
     pcre2_set_max_pattern_length(options, 1 << 16);
     pcre2_set_newline(options, PCRE2_NEWLINE_LF);
-    /* MULTILINE: in Oniguruma's syntax ^ and $ always stand at lines. */
-    m->regex->code = pcre2_compile((PCRE2_SPTR)pattern, n, PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &code, &at, options);
+    m->regex->code = pcre2_compile((PCRE2_SPTR)pattern, n, PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C | flags, &code, &at, options);
   }
   pcre2_compile_context_free(options);
   pcre2_general_context_free(memory);
@@ -38,7 +38,7 @@ static int compile(text_matcher *m, const char *pattern, size_t n) {
 int text_matcher_init(text_matcher *m, const char *pattern, size_t n, int is_regex) {
   memset(m, 0, sizeof *m);
   if (n == 0) return wane_fail(WANE_E_ARG, "an empty pattern");
-  if (is_regex) return compile(m, pattern, n);
+  if (is_regex) return compile(m, pattern, n, PCRE2_MULTILINE);      /* in Oniguruma's syntax ^ and $ always stand at lines */
   if (!(m->literal = wane_alloc(n, "a pattern"))) return WANE_E_MEMORY;
   memcpy(m->literal, pattern, n);
   m->length = n;
@@ -83,12 +83,12 @@ static int find(const text_matcher *m, text_match *ctx, const char *s, size_t n,
   if (k < 0) {
     PCRE2_UCHAR why[120];
     pcre2_get_error_message(k, why, sizeof why);
-    return wane_fail(WANE_E_FORMAT, "a pattern of the tokenizer could not be run on this text: %s", (char *)why);
+    return wane_fail(WANE_E_FORMAT, "a pattern could not be run on this text: %s", (char *)why);
   }
   PCRE2_SIZE *o = pcre2_get_ovector_pointer(ctx->data);
   *at = (text_span){ (uint32_t)o[0], (uint32_t)o[1] };
   /* \K may put the start behind the end. */
-  if (at->start > at->end || at->end > n || at->start < from) return wane_fail(WANE_E_FORMAT, "a pattern of the tokenizer matches backwards");
+  if (at->start > at->end || at->end > n || at->start < from) return wane_fail(WANE_E_FORMAT, "a pattern matches backwards");
   return 1;
 }
 
@@ -177,4 +177,40 @@ int text_replace(text_buf *out, const text_matcher *m, text_match *ctx, const ch
   }
   text_add(out, s + previous, n - previous);
   return k < 0 ? k : out->failed;
+}
+
+/* ---- patterns alone (wane.h): whole texts, for names ---- */
+
+struct wane_pattern { text_matcher matcher; text_match match; };
+
+void wane_pattern_free(wane_pattern *p) {
+  if (!p) return;
+  text_matcher_free(&p->matcher);
+  text_match_free(&p->match);
+  wane_release(p);
+}
+
+int wane_pattern_new(wane_pattern **out, const char *pattern, size_t bytes) {
+  if (!out || !pattern) return wane_fail(WANE_E_ARG, "pattern_new: NULL argument");
+  *out = NULL;
+  wane_pattern *p = wane_alloc_zero(sizeof *p, "a pattern");
+  if (!p) return WANE_E_MEMORY;
+  int status = text_match_init(&p->match);
+  if (status < 0) wane_fail(status, "out of memory: a pattern");
+  else status = compile(&p->matcher, pattern, bytes, PCRE2_ANCHORED | PCRE2_ENDANCHORED);
+  if (status < 0) {
+    wane_pattern_free(p);
+    return status;
+  }
+  *out = p;
+  return 0;
+}
+
+int wane_pattern_match(wane_pattern *p, const char *text, size_t bytes) {
+  text_span at;
+  if (!p || !text) return wane_fail(WANE_E_ARG, "pattern_match: NULL argument");
+  if (bytes > 1 << 20) return wane_fail(WANE_E_ARG, "pattern_match: a text of %zu bytes, names have at most 1 MiB", bytes);
+  for (size_t i = 0; i < bytes; i++)
+    if ((unsigned char)text[i] >= 128) return wane_fail(WANE_E_ARG, "pattern_match: byte %zu is not ASCII, names are", i);
+  return find(&p->matcher, &p->match, text, bytes, 0, &at);
 }

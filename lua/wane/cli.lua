@@ -354,7 +354,7 @@ end
 --- Adds the options that say which model, how quantized and where it runs.
 -- @param parser table
 function M.model_options(parser)
-  parser:option("--model", "A name in the Hugging Face cache (see wane pull), a Hugging Face folder, a .gguf file, or "
+  parser:option("--model", "A name in the Hugging Face cache (see wane pull), a Hugging Face folder (a model's or an adapter's), a .gguf file, or "
     .. "a folder quantized by bitsandbytes or wane.")
   parser:option("--quant", "Scheme of the linear layers."):choices { "none", "nf4", "fp4", "int8", "int8-blockwise" }
   parser:option("--block-size", "Values that share a scale (64)."):convert(M.count)
@@ -366,7 +366,18 @@ function M.model_options(parser)
   parser:option("--threads", "Workers (default: what affinity and cgroups allow)."):convert(M.count)
   parser:option("--device-map", "Not part of this version yet.")
   parser:option("--max-memory", "Not part of this version yet."):count "*"
-  parser:option("--lora", "Not part of this version yet.")
+  parser:option("--lora", "Adapter's folder, or NAME=FOLDER; may be given several times: their changes add up."):count "*"
+end
+
+-- What --lora was given, as wane.load takes it.
+local function adapters_of(given)
+  local list = {}
+  for _, text in ipairs(given) do
+    local name, dir = text:match "^([%w_-]+)=(.+)$"
+    if name and list[name] then M.usage("--lora: '%s' is named twice", name) end
+    if name then list[name] = dir else list[#list + 1] = text end
+  end
+  return next(list) and list or nil
 end
 
 --- The options that wane.load takes, from those of M.model_options.
@@ -375,8 +386,7 @@ end
 function M.load_options(args)
   if args.device_map and args.device_map ~= "cpu" then M.later("--device-map " .. args.device_map, "placement on several devices") end
   if args.max_memory and #args.max_memory > 0 then M.later("--max-memory", "placement on several devices") end
-  if args.lora then M.later("--lora", "adapters") end
-  local options = { compute = args.compute }
+  local options = { compute = args.compute, lora = adapters_of(args.lora) }
   local rules = args.rules and M.check(require("wane.quant.rules").read(args.rules))
   if rules or (args.quant and args.quant ~= "none") then
     local four_bit = args.quant == "nf4" or args.quant == "fp4"

@@ -9,12 +9,13 @@ local core = require "wane.core"
 local M = { core = core, version = require("ffi").string(core.C.wane_version()) }
 
 -- Parts are loaded when first used: wane.quant, wane.nn, wane.models, …
-local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true, hub = true }
+local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true, hub = true,
+  lora = true }
 local Tensor = require "wane.tensor"
 M.Tensor = Tensor
 
 -- Parts of later versions, refused by name rather than with a nil.
-local later = { lora = "adapters come", optim = "optimizers come", train = "training comes" }
+local later = { optim = "optimizers come", train = "training comes" }
 
 setmetatable(M, { __index = function(t, key)
   if later[key] then core.raise("wane.%s: %s with a later version of wane", key, later[key]) end
@@ -36,7 +37,8 @@ M.scope = core.scope
 -- tensors of the files that the model has no use for: { missing = string[], unexpected = string[] }.
 -- @param path string
 -- @param opts table|nil { quant = "nf4" | { type, block_size, double_quant, compute, skip, threshold }, compute, progress, io, tokenizer = false,
---   missing = "error" | "allow", variant = nil | "fp16" }
+--   missing = "error" | "allow", variant = nil | "fp16",
+--   lora = "adapter" | { "adapter", name = "other" … }: adapter folders, all active }. A folder that holds an adapter alone is loaded with its base.
 -- @return wane.Model|nil model, wane.Tokenizer|string tok or message, string|nil code
 function M.load(path, opts) return require("wane.load").load(path, opts) end
 

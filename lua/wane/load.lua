@@ -174,13 +174,13 @@ end
 -- ---------------------------------------------------------------- load
 
 local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true,
-                missing = true, variant = true }
+                missing = true, variant = true, lora = true }
 local known_scheme = { type = true, block_size = true, double_quant = true, compute = true, skip = true, threshold = true, rules = true }
 
 --- Raises for a name that is not in `names`: a misspelt option would load another model than was asked for.
 local function check_names(what, given, names)
   for name in pairs(given) do
-    if name == "max_memory" or name == "lora" then core.raise("%s: '%s' comes with a later version of wane", what, name) end
+    if name == "max_memory" then core.raise("%s: '%s' comes with a later version of wane", what, name) end
     if not names[name] then core.raise("%s: there is no option '%s'", what, tostring(name)) end
   end
 end
@@ -219,6 +219,59 @@ local function read(path, scheme, opts, ckpt)
   return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
 end
 
+-- Adapter folders as { { name, dir } … }: the list's get their folder's name (a single one "default"), the rest the key's.
+local function adapter_list(given)
+  if given == nil then return {} end
+  if type(given) == "string" then given = { given } end
+  if type(given) ~= "table" then core.raise("load: lora: expected an adapter's folder or a list of them, found a %s", type(given)) end
+  local list, named = {}, {}
+  for i, dir in ipairs(given) do list[i] = { #given == 1 and next(given, #given) == nil and "default" or tostring(dir):match "([^/]*)/*$", dir } end
+  for name, dir in pairs(given) do if type(name) == "string" then named[#named + 1] = { name, dir } end end
+  table.sort(named, function(a, b) return a[1] < b[1] end)
+  for _, item in ipairs(named) do list[#list + 1] = item end
+  return list
+end
+
+-- Loads adapters onto a model and makes all of them active.
+local function add_adapters(model, list)
+  local lora, names = require "wane.lora", {}
+  for i, item in ipairs(list) do
+    local report, message, code = lora.load(model, item[2], { name = item[1] })
+    if not report then return nil, message, code end
+    names[i] = report.name
+    for kind, text in pairs { missing = "has no values for", unexpected = "holds values that its config does not ask for:", unused = "targets what is not there:" } do
+      local entries = report[kind]
+      if #entries > 0 then
+        table.insert(model.warnings, ("adapter '%s' %s %s%s"):format(item[2], text, table.concat(entries, ", ", 1, math.min(#entries, 5)),
+          #entries > 5 and (" and %d more"):format(#entries - 5) or ""))
+      end
+    end
+  end
+  if #names > 0 then lora.set_adapter(model, names) end
+  return true
+end
+
+-- A folder that holds an adapter alone stands for its base model with it: the base's path, and the adapter in front of the list.
+local function base_of(path, list)
+  local files = require "wane.lora.files"
+  if not files.is_adapter(path) or require("wane.checkpoint").has_weights(path) then return path end
+  local config, message, code = require("wane.lora.config").read(path)
+  if not config then return nil, message, code end
+  table.insert(list, 1, { "default", path })
+  return files.base_path(path, config)
+end
+
+-- The tokenizer of the first place that has one.
+local function load_tokenizer(places)
+  local message, code
+  for _, place in ipairs(places) do
+    local tok
+    tok, message, code = require("wane.tokenizer").load(place)
+    if tok then return tok end
+  end
+  return nil, message, code
+end
+
 --- See wane.load.
 function M.load(path, opts)
   if type(path) ~= "string" then core.raise("load: expected a path, found a %s", type(path)) end
@@ -231,15 +284,24 @@ function M.load(path, opts)
   end
   local scheme = M.scheme(opts.quant)
   if opts.device_map and opts.device_map ~= "cpu" then core.raise "load: device maps come with a later version of wane" end
-  local ckpt, message, code = require("wane.checkpoint").open(path, { variant = opts.variant })
+  local adapters, asked = adapter_list(opts.lora), path
+  local ckpt, model, message, code
+  path, message, code = base_of(path, adapters)
+  if not path then return nil, message, code end
+  ckpt, message, code = require("wane.checkpoint").open(path, { variant = opts.variant })
   if not ckpt then return nil, message, code end
-  local model
   model, message, code = read(path, scheme, opts, ckpt)
   ckpt:close()                                          -- mapped tensors keep their files; nothing else needs them
   if not model then return nil, message, code end
+  local ok
+  ok, message, code = add_adapters(model, adapters)
+  if not ok then
+    model:close()
+    return nil, message, code
+  end
   local tok
   if opts.tokenizer ~= false then
-    tok, message, code = require("wane.tokenizer").load(path)
+    tok, message, code = load_tokenizer(asked ~= path and { asked, path } or { path })
     if not tok then
       if opts.tokenizer == true then
         model:close()

@@ -229,8 +229,10 @@ function Model:stream(tok, prompt, opts) return require("wane.generate").stream(
 -- @return table|nil { bytes, tensors, shards, upstream = nil | why transformers cannot load it, tokenizer_error }, string|nil message, string|nil code
 function Model:save(dir, opts) return require("wane.checkpoint.save").save(self, dir, opts) end
 
---- Frees every parameter now.
+--- Frees every parameter now, adapters included.
 function Model:close()
+  local adapters = rawget(self, "lora")
+  if adapters then adapters:close(self) end
   for _, m in self:modules() do
     for _, p in ipairs(m:own_parameters()) do
       if p.value then

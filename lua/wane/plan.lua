@@ -7,8 +7,10 @@
 -- Weights are counted exactly. The rest is a bound from the shapes of what wane allocates; each formula stands at its place.
 -- @module wane.plan
 local core = require "wane.core"
+local count = require "wane.lora.count"
 local load = require "wane.load"
 local models = require "wane.models"
+local targets = require "wane.lora.targets"
 
 local M = {}
 
@@ -33,12 +35,6 @@ function M.quantized_bytes(n, rows, scheme)
   return codes + blocks + math.ceil(blocks / 256) * 4 + 256 * 4 + 4
 end
 
-local function numel(shape)
-  local n = 1
-  for _, size in ipairs(shape) do n = n * size end
-  return n
-end
-
 -- dtype in which the files most likely are: what the config says, else float16, in which the large checkpoints are published.
 local function stored_dtype(config, wanted)
   if wanted then return wanted end
@@ -52,7 +48,7 @@ local function each_parameter(tree, fn)
   for path, module in tree:modules() do
     for _, p in ipairs(module:own_parameters()) do
       local tied = path == family.head and p.name == "weight" and tree.config.tie_word_embeddings ~= false
-      if not tied then fn(path, module, p, numel(p.shape)) end
+      if not tied then fn(path, module, p, count.numel(p.shape)) end
     end
   end
 end
@@ -70,8 +66,7 @@ local function weights(tree, scheme, dtype)
     else
       sum.bytes = sum.bytes + n * (#p.shape == 1 and 4 or widths[dtype])       -- norms and biases are held as f32
     end
-    local four = quantized and (scheme.type == "nf4" or scheme.type == "fp4")
-    sum.packed = sum.packed + (four and math.ceil(n / 2) or n)
+    sum.packed = sum.packed + count.held(n, quantized and scheme.type or dtype)
   end)
   return sum
 end
@@ -103,22 +98,6 @@ local function pass_bytes(s, batch, context)
 end
 
 -- ---------------------------------------------------------------- training
-
--- LoRA adds r * (in + out) to each target, f32.
-local function lora_parameters(tree, r, targets)
-  local n, matched = 0, 0
-  for path, module in tree:modules() do
-    if module.in_features then
-      for _, target in ipairs(targets) do
-        if path == target or path:sub(-#target - 1) == "." .. target then
-          n, matched = n + r * (module.in_features + module.out_features), matched + 1
-          break
-        end
-      end
-    end
-  end
-  return n, matched
-end
 
 -- A trainable value: itself, its gradient, two 8-bit moments with a scale per 256. Activations with a checkpoint a block: one hidden state a
 -- layer, and what one block keeps while it is run again: its norms, heads, scores' sums and MLP. Logits go through the loss in slices of
@@ -155,12 +134,13 @@ function M.of(config, o)
   plan.cache_bytes = cache_bytes(tree, s, batch, context, element)
   plan.generate_bytes = plan.load_bytes + plan.cache_bytes + pass_bytes(s, batch, context)
   local lora = o.lora or {}
-  local targets = lora.target_modules or require("wane.lora.targets")[tree.family.name]
-  if targets then
-    local matched
-    plan.trainable, matched = lora_parameters(tree, lora.r or 8, targets)
-    if matched == 0 then return nil, ("plan: no Linear is called %s"):format(table.concat(targets, " or ")), "WANE_E_ARG" end
-    plan.target_modules, plan.all = targets, w.packed + plan.trainable
+  local wanted = lora.target_modules or targets.defaults[tree.family.name]
+  if wanted then
+    local found, unused, reason = targets.match(tree, { target_modules = wanted })
+    if not found then return nil, "plan: " .. unused, reason end
+    plan.trainable = 0
+    for _, target in ipairs(found) do plan.trainable = plan.trainable + count.part(target.module, lora.r or 8) end
+    plan.target_modules, plan.all = wanted, w.packed + plan.trainable
     plan.train_bytes = plan.load_bytes + train_bytes(s, plan.trainable, batch * context)
   end
   return plan

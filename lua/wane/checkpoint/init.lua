@@ -47,9 +47,6 @@ local function weights_of(folder, config, variant)
     tried[i] = variant and name:gsub("%.(%w+)$", "." .. variant:gsub("%%", "%%%%") .. ".%1") or name
     if is_file(folder .. "/" .. tried[i]) then return folder .. "/" .. tried[i] end
   end
-  if is_file(folder .. "/adapter_config.json") then
-    return nil, ("'%s' holds an adapter, not a model: load its base model"):format(folder), "WANE_E_UNSUPPORTED"
-  end
   return nil, ("'%s' has none of %s"):format(folder, table.concat(tried, ", ")), "WANE_E_NOTFOUND"
 end
 
@@ -72,6 +69,9 @@ local function open_folder(path, weights, variant)
     if not is_file(path .. "/config.json") then
       local unfinished = require("wane.checkpoint.staging").complaint(path)
       if unfinished then return nil, unfinished, "WANE_E_FORMAT" end
+      if is_file(path .. "/adapter_config.json") then
+        return nil, ("'%s' holds an adapter, not a model: wane.load takes it, with its base model"):format(path), "WANE_E_UNSUPPORTED"
+      end
       return nil, ("'%s' has no config.json: a model's folder has config.json and model.safetensors; a GGUF model is named by its .gguf file"):format(path),
         "WANE_E_NOTFOUND"
     end
@@ -144,6 +144,16 @@ function M.open(path, opts)
   self.model_type = self.config.model_type
   if self.format ~= "gguf" then self.missing = names.missing_prefix(self.model_type, self.index:each_name()) end
   return setmetatable(self, Checkpoint)
+end
+
+--- Does a folder hold a model's weights, in whatever format?
+-- @param folder string
+-- @return boolean
+function M.has_weights(folder)
+  for _, name in ipairs(weight_files) do
+    if is_file(folder .. "/" .. name) then return true end
+  end
+  return false
 end
 
 -- ---------------------------------------------------------------- asking

@@ -1,6 +1,7 @@
 --- The small layers: embedding, norms, activations.
 -- @module wane.nn.layers
 local core = require "wane.core"
+local adapter = require "wane.nn.adapter"
 local F = require "wane.nn.functional"
 local module = require "wane.nn.module"
 
@@ -8,6 +9,7 @@ local M = {}
 
 ---@class wane.Embedding : wane.Module
 ---@field weight wane.Tensor [count, width], any dtype: quantized tables are decoded row by row
+---@field adapters table[]|nil the active ones' parts (wane.nn.adapter)
 local Embedding = module.class "Embedding"
 M.Embedding = Embedding
 
@@ -31,7 +33,9 @@ local function scale_of(self)
 end
 
 function Embedding:forward(ids, pass)
-  local x = F.embedding(self.weight, ids, pass and pass.dtype or core.C.WANE_F32)
+  local dtype, adapters = pass and pass.dtype or core.C.WANE_F32, rawget(self, "adapters")
+  local x = F.embedding(self.weight, ids, dtype)
+  if adapters then x = adapter.embedding(self, adapters, ids, x, dtype) end
   return self.scale and F.scale(x, scale_of(self)) or x
 end
 function Embedding:describe()

@@ -1,6 +1,7 @@
 --- y = x · Wᵀ + b. A quantized Linear is still a Linear: its weight is a tensor of a quantized dtype.
 -- @module wane.nn.linear
 local core = require "wane.core"
+local adapter = require "wane.nn.adapter"
 local F = require "wane.nn.functional"
 local module = require "wane.nn.module"
 local C = core.C
@@ -11,6 +12,7 @@ local C = core.C
 ---@field compute integer|nil WANE_COMPUTE_…; nil: exact f32 for an f32 weight, bf16 otherwise
 ---@field origin string|nil dtype of the weight before it was quantized
 ---@field threshold number|nil outlier threshold of LLM.int8() (int8 weights)
+---@field adapters table[]|nil the active ones' parts (wane.nn.adapter)
 local Linear = module.class "Linear"
 
 --- A layer without values yet: loading gives them, or reset() does.
@@ -42,6 +44,8 @@ function Linear:forward(x)
   local weight = rawget(self, "weight") or self:reset().weight
   local compute = self.compute
   if not compute then compute = weight:dtype() == "f32" and C.WANE_COMPUTE_F32 or C.WANE_COMPUTE_BF16 end
+  local adapters = rawget(self, "adapters")
+  if adapters then return adapter.linear(self, adapters, x, compute) end
   return F.linear(x, weight, rawget(self, "bias"), compute, self.threshold)
 end
 

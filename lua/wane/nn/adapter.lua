@@ -1,0 +1,134 @@
+--- What low-rank adapters (LoRA, Hu et al. 2021) add to a Linear or an Embedding. A layer holds its active ones in `adapters`, a list
+-- of parts; a layer without any pays nothing. Which adapters there are is the business of wane.lora.
+--
+-- A part: { name, r, scale, A, B, bias, magnitude }, tensors f32. Linear: A [r, in], B [out, r], bias [out] or nil (PEFT's lora_bias),
+-- magnitude [out] or nil (DoRA, Liu et al. 2024). Embedding: A [r, count], B [width, r], magnitude [width] or nil.
+--
+-- Plain: y = W x + bias + sum s·(B (A x) + bias_B). DoRA replaces W by f ∘ (W + s·B A), f = magnitude / |W + s·B A| by output: it adds
+-- (f - 1) ∘ W x + f ∘ s·B (A x). Several active ones add up, each against the base weight alone.
+-- Source: peft tuners/lora/layer.py, dora.py.
+-- @module wane.nn.adapter
+local core = require "wane.core"
+local F = require "wane.nn.functional"
+local C = core.C
+
+local M = {}
+
+local EXACT = C.WANE_COMPUTE_F32
+
+-- f32 values of a weight of any dtype.
+local function values(weight) return weight:dtype() == "f32" and weight or weight:dequantize "f32" end
+
+local function is_embedding(layer) return layer.in_features == nil end
+
+--- The change of the weight that a part without DoRA stands for: f32, shaped as the layer's weight.
+-- @param layer wane.Linear|wane.Embedding
+-- @param part table
+-- @return wane.Tensor s·B A, or its transpose for an Embedding
+function M.delta(layer, part)
+  if is_embedding(layer) then return F.scale(F.matmul(F.transpose(part.A), F.transpose(part.B)), part.scale) end
+  return F.scale(F.matmul(part.B, part.A), part.scale)
+end
+
+-- f - 1 of a DoRA part, [out] or [width].
+local function excess(layer, part, weight)
+  return core.scope(function()
+    local norm = (values(weight) + M.delta(layer, part)):norm(2, is_embedding(layer) and 1 or 2)
+    return part.magnitude / norm - 1
+  end)
+end
+
+-- The same for the layer's own weight, kept until the part or the weight changes: the norm costs a pass over the whole weight.
+local function kept_excess(layer, part)
+  local weight = layer.weight
+  if part.excess_of ~= weight or part.excess_scale ~= part.scale then
+    M.forget(part)
+    part.excess = F.outside_scopes(excess, layer, part, weight)
+    part.excess_of, part.excess_scale = weight, part.scale
+  end
+  return part.excess
+end
+
+--- Drops what was computed from a part's tensors; call it when they change.
+-- @param part table
+function M.forget(part)
+  for _, key in ipairs { "excess", "rows" } do
+    if part[key] then part[key]:close() end
+    part[key] = nil
+  end
+  part.excess_of = nil
+end
+
+--- The whole change of a weight by a part, DoRA included: f32, shaped as the weight.
+-- @param layer wane.Linear|wane.Embedding
+-- @param part table
+-- @param weight wane.Tensor the base's, any dtype
+-- @return wane.Tensor
+function M.change(layer, part, weight)
+  return core.scope(function()
+    local delta = M.delta(layer, part)
+    if not part.magnitude then return delta end
+    local e = excess(layer, part, weight)
+    if not is_embedding(layer) then e = e:unsqueeze(2) end
+    return values(weight) * e + delta * (e + 1)
+  end)
+end
+
+-- y + what a part adds, given the base's result without bias and s·B (A x).
+local function joined(layer, part, y, base, u)
+  if not part.magnitude then return F.add(y, u) end
+  local e = kept_excess(layer, part)
+  return y + (base + u) * e + u
+end
+
+local function has_dora(parts)
+  for _, part in ipairs(parts) do if part.magnitude then return true end end
+  return false
+end
+
+--- y of a Linear with active adapters.
+-- @param layer wane.Linear
+-- @param parts table[]
+-- @param x wane.Tensor [.., in]
+-- @param compute integer of the base's product; the adapters' own are exact
+-- @return wane.Tensor [.., out]
+function M.linear(layer, parts, x, compute)
+  local bias = rawget(layer, "bias")
+  local late = bias and has_dora(parts)                    -- DoRA scales the product alone
+  local base = F.linear(x, layer.weight, not late and bias or nil, compute, layer.threshold)
+  local y = base
+  for _, part in ipairs(parts) do
+    local u = F.linear(x, part.A, nil, EXACT)
+    if part.bias then
+      u = F.scale(F.linear(u, part.B, part.bias, EXACT), part.scale)
+    else
+      u = F.linear(F.scale(u, part.scale), part.B, nil, EXACT)
+    end
+    y = joined(layer, part, y, base, u)
+  end
+  return late and F.add(y, bias) or y
+end
+
+-- A's columns as rows, for looking ids up.
+local function rows_of(part)
+  part.rows = part.rows or F.outside_scopes(function() return part.A:t():clone() end)
+  return part.rows
+end
+
+--- Rows of an Embedding with active adapters.
+-- @param layer wane.Embedding
+-- @param parts table[]
+-- @param ids wane.Tensor
+-- @param base wane.Tensor the table's own rows [.., width]
+-- @param dtype integer of the result
+-- @return wane.Tensor [.., width]
+function M.embedding(layer, parts, ids, base, dtype)
+  local y = base
+  for _, part in ipairs(parts) do
+    local u = F.linear(F.scale(F.embedding(rows_of(part), ids, dtype), part.scale), part.B, nil, EXACT)
+    y = joined(layer, part, y, base, u)
+  end
+  return y
+end
+
+return M
