@@ -3,7 +3,7 @@
 local cli = require "wane.cli"
 
 local parser = cli.parser("inspect", "Shows what a model's files hold: family, tensors, dtypes, bytes, quantization.")
-parser:argument("path", "A Hugging Face folder or a .gguf file; for --plan a config.json is enough."):args "?"
+parser:argument("path", "A Hugging Face folder (a model's or an adapter's) or a .gguf file; for --plan a config.json is enough."):args "?"
 parser:option("--model", "The same as the argument.")
 parser:flag("--check", "Read every value and report NaN and infinity.")
 parser:flag("--tensors", "A line for every tensor instead of one for equal layers.")
@@ -224,6 +224,40 @@ local function print_list(title, names)
   print(("%s (%d): %s%s"):format(title, #names, table.concat(names, ", ", 1, math.min(#names, 8)), #names > 8 and ", ..." or ""))
 end
 
+-- ---------------------------------------------------------------- adapters
+
+local function listed(value) return type(value) == "table" and table.concat(value, ", ") or value end
+
+local function print_adapter(path, adapter)
+  local c, commas = adapter.config, require("wane.lora.count").commas
+  print(("%s: LoRA adapter%s of %s"):format(path, c.use_dora and " (DoRA)" or "", c.base_model_name_or_path or "a model that it does not name"))
+  print(("rank        %d, alpha %g%s, dropout %g, bias %s"):format(c.r, c.lora_alpha, c.use_rslora and " (rank-stabilised)" or "", c.lora_dropout, c.bias))
+  for _, key in ipairs { "rank_pattern", "alpha_pattern" } do
+    local parts = {}
+    for name, value in pairs(c[key] or {}) do parts[#parts + 1] = ("%s = %g"):format(name, value) end
+    table.sort(parts)
+    if #parts > 0 then print(("%-11s %s"):format((key:gsub("_pattern", "s")), table.concat(parts, ", "))) end
+  end
+  print("targets     " .. tostring(listed(c.target_modules)))
+  if c.modules_to_save then print("whole       " .. listed(c.modules_to_save)) end
+  print(("parameters  %s in %d tensors, %s"):format(commas(adapter.parameters), #adapter.tensors, cli.bytes(adapter.bytes)))
+end
+
+local function adapter_command(args, path)
+  local adapter = cli.check(require("wane.lora").describe(path))
+  table.sort(adapter.tensors, function(a, b) return a.name < b.name end)
+  if args.json then
+    local c = adapter.config
+    cli.json { path = path, adapter = "LORA", base = c.base_model_name_or_path, r = c.r, alpha = c.lora_alpha, dropout = c.lora_dropout, bias = c.bias,
+               use_dora = c.use_dora, use_rslora = c.use_rslora, target_modules = c.target_modules, modules_to_save = c.modules_to_save,
+               rank_pattern = c.rank_pattern, alpha_pattern = c.alpha_pattern, parameters = adapter.parameters, bytes = adapter.bytes,
+               tensors = adapter.tensors, files = { path .. "/" .. adapter.file } }
+    return
+  end
+  print_adapter(path, adapter)
+  print_table(adapter.tensors, args.tensors)
+end
+
 cli.run(parser, function(args)
   local path = args.path or args.model
   if not path then cli.usage "a path is missing: a folder or a .gguf file" end
@@ -231,6 +265,7 @@ cli.run(parser, function(args)
   for _, name in ipairs { "quant", "block_size", "double_quant", "dtype", "context", "batch_size", "lora_r", "target_modules", "max_memory" } do
     if args[name] then cli.usage("--%s goes with --plan", (name:gsub("_", "-"))) end
   end
+  if require("wane.lora").is_adapter(path) and not require("wane.checkpoint").has_weights(path) then return adapter_command(args, path) end
   local ckpt = cli.check(require("wane.checkpoint").open(path))
   local rows = gather(ckpt)
   local parameters, bytes, by_dtype, invalid = 0, 0, {}, {}

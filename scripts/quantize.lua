@@ -50,6 +50,7 @@ end
 cli.run(parser, function(args)
   if not args.model then cli.usage "--model is missing: a folder or a .gguf file" end
   if not args.out then cli.usage "--out is missing: the folder to write" end
+  if #args.lora > 0 then cli.usage "--lora: an adapter stays a folder of its own beside the quantized model (wane.lora.merge merges one into weights)" end
   local options = cli.load_options(args)
   if not options.quant then cli.usage "--quant is missing: nf4, fp4, int8 or int8-blockwise (or --rules FILE)" end
   local wane = require "wane"

@@ -232,6 +232,8 @@ local function adapter_list(given)
   return list
 end
 
+local complaints = { missing = "has no values for", unexpected = "holds values that its config does not ask for:", unused = "targets what is not there:" }
+
 -- Loads adapters onto a model and makes all of them active.
 local function add_adapters(model, list)
   local lora, names = require "wane.lora", {}
@@ -239,7 +241,7 @@ local function add_adapters(model, list)
     local report, message, code = lora.load(model, item[2], { name = item[1] })
     if not report then return nil, message, code end
     names[i] = report.name
-    for kind, text in pairs { missing = "has no values for", unexpected = "holds values that its config does not ask for:", unused = "targets what is not there:" } do
+    for kind, text in pairs(complaints) do
       local entries = report[kind]
       if #entries > 0 then
         table.insert(model.warnings, ("adapter '%s' %s %s%s"):format(item[2], text, table.concat(entries, ", ", 1, math.min(#entries, 5)),

@@ -291,8 +291,9 @@ function M.list(model)
     local bytes, modules = 0, 0
     states.each_tensor(adapter, function(tensor) bytes = bytes + tensor:nbytes() end)
     for _ in pairs(adapter.parts) do modules = modules + 1 end
-    list[i] = { name = name, r = adapter.config.r, alpha = adapter.config.lora_alpha, modules = modules, parameters = M.parameters(model, name), bytes = bytes,
-                active = active[name] or false, merged = state:is_merged(name), scale = adapter.factor, dora = adapter.config.use_dora, config = adapter.config }
+    local c = adapter.config
+    list[i] = { name = name, r = c.r, alpha = c.lora_alpha, dora = c.use_dora, modules = modules, parameters = M.parameters(model, name), bytes = bytes,
+                active = active[name] or false, merged = state:is_merged(name), scale = adapter.factor, config = c }
   end
   return list
 end

@@ -55,10 +55,14 @@ local function check_values(config)
   end
   if config.use_dora and config.lora_bias then return "'lora_bias' does not go with 'use_dora'" end
   for key, r in pairs(config.rank_pattern or {}) do
-    if type(key) ~= "string" or not positive(r) then return ("'rank_pattern': expected names and whole numbers above 0, found %s = %s"):format(tostring(key), tostring(r)) end
+    if type(key) ~= "string" or not positive(r) then
+      return ("'rank_pattern': expected names and whole numbers above 0, found %s = %s"):format(tostring(key), tostring(r))
+    end
   end
   for key, alpha in pairs(config.alpha_pattern or {}) do
-    if type(key) ~= "string" or not finite(alpha) then return ("'alpha_pattern': expected names and numbers, found %s = %s"):format(tostring(key), tostring(alpha)) end
+    if type(key) ~= "string" or not finite(alpha) then
+      return ("'alpha_pattern': expected names and numbers, found %s = %s"):format(tostring(key), tostring(alpha))
+    end
   end
 end
 

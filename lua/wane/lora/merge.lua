@@ -52,7 +52,8 @@ end
 local function merged_weight(module, path, parts, own)
   local kind = own:dtype()
   if not floats[kind] and not quantized[kind] then
-    return nil, ("merge: '%s' is %s, which wane reads but does not write: load the model with quant, or keep the adapter"):format(path, kind), "WANE_E_UNSUPPORTED"
+    return nil, ("merge: '%s' is %s, which wane reads but does not write: load the model with quant, or keep the adapter"):format(path, kind),
+      "WANE_E_UNSUPPORTED"
   end
   for _, part in ipairs(parts) do
     if part.bias and not rawget(module, "bias") then

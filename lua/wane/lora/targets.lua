@@ -71,7 +71,7 @@ local function list_of(value) return type(value) == "table" and value or value ~
 
 -- Compiles what of a config is patterns. nil, message for a bad one.
 local function compile(o)
-  local compiled, message = {}, nil
+  local compiled, message = {}
   for _, key in ipairs { "target_modules", "exclude_modules" } do
     if type(o[key]) == "string" and not (key == "target_modules" and o[key]:lower() == "all-linear") then
       compiled[key], message = pattern.compile(o[key])
