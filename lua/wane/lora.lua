@@ -78,7 +78,6 @@ local function config_of(model, o)
   end
   given.target_modules = given.target_modules or targets.defaults[model.family.name]
   if not given.target_modules then core.raise("lora.attach: say target_modules: there is no default for %s models", model.family.name) end
-  given.fan_in_fan_out = model.family.fan_in_fan_out or nil
   local config, message = config_file.complete(given)
   if not config then core.raise("lora.attach: %s", message) end
   return config
