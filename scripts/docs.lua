@@ -11,6 +11,7 @@ local chapters = {
   { "Layers and models", { "nn/.*", "models/.*" } },
   { "Quantization", { "quant", "quant/.*" } },
   { "Gradients", { "autograd" } },
+  { "Adapters", { "lora", "lora/.*" } },
   { "Files and text", { "checkpoint", "checkpoint/.*", "hub", "hub/.*", "loader", "tokenizer", "tokenizer/.*" } },
   { "Hosts and plumbing", { "core", "host/.*", "cli", "bench" } },
 }

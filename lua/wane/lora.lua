@@ -20,7 +20,6 @@ local files = require "wane.lora.files"
 local merging = require "wane.lora.merge"
 local states = require "wane.lora.state"
 local targets = require "wane.lora.targets"
-local C = core.C
 
 local M = {}
 
@@ -83,16 +82,19 @@ local function config_of(model, o)
   return config
 end
 
--- A generator of f32 tensors, each from its own stretch of the seed's numbers.
-local function generator(seed)
-  local offset = 0
-  return function(kind, a, b, ...)
-    local h, shape = core.handle_type(), { ... }
-    local sizes, n = core.shape(shape)
-    core.check(C.wane_random(core.stream(), h, kind, a, b, seed, offset, C.WANE_F32, n, sizes))
-    offset = offset + count.numel(shape)
-    return Tensor.wrap(h)
+-- Two generators of f32 matrices [rows, columns], normal with a deviation and uniform in a bound, each matrix from its own stretch of the
+-- seed's numbers.
+local function generators(seed)
+  local offset, new = 0, Tensor.constructors
+  local function draw(make, options, rows, columns)
+    options[1], options[2], options.seed, options.offset = rows, columns, seed, offset
+    offset = offset + rows * columns
+    return make(options)
   end
+  return {
+    normal = function(std, rows, columns) return draw(new.randn, { std = std }, rows, columns) end,
+    uniform = function(bound, rows, columns) return draw(new.rand, { low = -bound, high = bound }, rows, columns) end,
+  }
 end
 
 local zeros = Tensor.constructors.zeros
@@ -103,18 +105,13 @@ local function fresh_part(target, config, random)
   local module, r, init = target.module, target.r, config.init_lora_weights
   local part = { r = r, scale = target.scale, path = target.path, spelled = target.spelled }
   if target.kind == "embedding" then
-    part.A = init and zeros(r, module.count) or random(C.WANE_NORMAL, 0, 1, r, module.count)
-    part.B = random(C.WANE_NORMAL, 0, 1, module.width, r)
+    part.A = init and zeros(r, module.count) or random.normal(1, r, module.count)
+    part.B = random.normal(1, module.width, r)
   else
-    local bound = 1 / math.sqrt(module.in_features)
-    if init == "gaussian" then
-      part.A = random(C.WANE_NORMAL, 0, 1 / r, r, module.in_features)
-    else
-      part.A = random(C.WANE_UNIFORM, -bound, bound, r, module.in_features)
-    end
-    bound = 1 / math.sqrt(r)
-    part.B = init and zeros(module.out_features, r) or random(C.WANE_UNIFORM, -bound, bound, module.out_features, r)
-    if config.lora_bias then part.bias = zeros(module.out_features) end
+    local inputs, outputs = module.in_features, module.out_features
+    part.A = init == "gaussian" and random.normal(1 / r, r, inputs) or random.uniform(1 / math.sqrt(inputs), r, inputs)
+    part.B = init and zeros(outputs, r) or random.uniform(1 / math.sqrt(r), outputs, r)
+    if config.lora_bias then part.bias = zeros(outputs) end
   end
   return part
 end
@@ -169,7 +166,7 @@ function M.attach(model, o)
   if not ok then core.raise("lora.attach: %s", message) end
   local adapter = { config = config, parts = {}, report = {} }
   F.outside_scopes(function()
-    local random = generator(o.seed or 0)
+    local random = generators(o.seed or 0)
     for _, target in ipairs(found) do
       local part = fresh_part(target, config, random)
       if config.use_dora then part.magnitude = core.scope(first_magnitude, target.module, part) end
@@ -307,6 +304,19 @@ function M.parameters(model, name)
   return n
 end
 
+-- Values of an adapter that PEFT trains, and those of them that it counts beside the base's. A bias trained beside its layer is the base's own
+-- to PEFT; an embedding that was saved along is not trained.
+local function counted(adapter)
+  local trained, added = 0, 0
+  states.each_tensor(adapter, function(tensor, path, field, is_part)
+    local n, replaced = tensor:numel(), adapter.replaced[path]
+    local own = is_part or targets.is_saved(path, adapter.config.modules_to_save) or targets.is_saved(replaced.spelled, adapter.config.modules_to_save)
+    if own then added = added + n end
+    if own or field == "bias" then trained = trained + n end
+  end)
+  return trained, added
+end
+
 --- The line that PEFT's print_trainable_parameters prints: trainable are the active adapters' values, all are those and the base's.
 -- @param model wane.Model
 -- @return string "trainable params: 8,650,752 || all params: 10,597,552,128 || trainable%: 0.0816", integer trainable, integer all
@@ -321,16 +331,8 @@ function M.trainable_report(model)
       end
     end
   end
-  for _, name in ipairs(state.order) do
-    local adapter, copied = state.adapters[name], 0
-    -- A bias that is trained beside its layer is the base's own parameter to PEFT, not another one.
-    for path, replaced in pairs(adapter.replaced) do
-      local saved = targets.is_saved(path, adapter.config.modules_to_save) or targets.is_saved(replaced.spelled, adapter.config.modules_to_save)
-      if not saved and replaced.bias then copied = copied + replaced.bias:numel() end
-    end
-    all = all + M.parameters(model, name) - copied
-  end
-  for _, name in ipairs(state.active) do trainable = trainable + M.parameters(model, name) end
+  for _, name in ipairs(state.order) do all = all + select(2, counted(state.adapters[name])) end
+  for _, name in ipairs(state.active) do trainable = trainable + counted(state.adapters[name]) end
   return count.line(trainable, all), trainable, all
 end
 

@@ -20,8 +20,8 @@ local fields = {
 local refused = { "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "use_qalora",
                   "use_bdlora", "monteclora_config", "kasa_config", "velora_config" }
 
--- Initialisations that change the base model's own weights: such an adapter does not fit the base that it names.
-local changes_base = { pissa = true, olora = true, corda = true, loftq = true, lora_ga = true }
+-- Beginnings of the names of initialisations that change the base model's own weights: such an adapter does not fit the base that it names.
+local changes_base = { "pissa", "olora", "corda", "loftq", "lora_ga" }
 
 local function is_set(value) return value ~= nil and value ~= false and not (type(value) == "table" and next(value) == nil) end
 
@@ -103,10 +103,12 @@ function M.read(dir)
   local config
   config, message, code = M.complete(given)
   if not config then return nil, ("'%s': %s"):format(path, message), code end
-  local init = tostring(config.init_lora_weights):match "^[%l_]+"
-  if changes_base[init] then
-    return nil, ("'%s': init_lora_weights '%s' changed the weights of the base model, which this folder does not hold; convert the adapter with peft's "
-      .. "save_pretrained(path_initial_model_for_weight_conversion = …)"):format(path, tostring(config.init_lora_weights)), "WANE_E_UNSUPPORTED"
+  local init = tostring(config.init_lora_weights)
+  for _, name in ipairs(changes_base) do
+    if init:sub(1, #name) == name then
+      return nil, ("'%s': init_lora_weights '%s' changed the weights of the base model, which this folder does not hold; convert the adapter with peft's "
+        .. "save_pretrained(path_initial_model_for_weight_conversion = …)"):format(path, init), "WANE_E_UNSUPPORTED"
+    end
   end
   return config
 end

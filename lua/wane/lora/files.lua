@@ -5,6 +5,7 @@
 local core = require "wane.core"
 local config_file = require "wane.lora.config"
 local index = require "wane.checkpoint.index"
+local pattern = require "wane.lora.pattern"
 local targets = require "wane.lora.targets"
 local C = core.C
 
@@ -116,22 +117,24 @@ local function check_part(config, target, held, r)
   if held.entries.bias and target.kind == "embedding" then return ("'%s': an Embedding takes no bias"):format(held.entries.bias.name) end
 end
 
---- Rank and scale of every target, by its path.
--- @param config table of wane.lora.config
--- @param found table[] of wane.lora.targets' match; each gets r and scale
--- @return true|nil, string|nil message
-function M.rank(config, found)
-  local rank, message = targets.patterns(config.rank_pattern)
-  if not rank then return nil, "rank_pattern: " .. message end
+local function rank(config, found)
+  local of, message = targets.patterns(config.rank_pattern)
+  if not of then return nil, "rank_pattern: " .. message end
   local alpha
   alpha, message = targets.patterns(config.alpha_pattern)
   if not alpha then return nil, "alpha_pattern: " .. message end
   for _, target in ipairs(found) do
-    target.r = rank(target.path, target.spelled) or config.r
+    target.r = of(target.path, target.spelled) or config.r
     target.scale = (alpha(target.path, target.spelled) or config.lora_alpha) / (config.use_rslora and math.sqrt(target.r) or target.r)
   end
   return true
 end
+
+--- Rank and scale of every target, by its path.
+-- @param config table of wane.lora.config
+-- @param found table[] of wane.lora.targets' match; each gets r and scale
+-- @return true|nil, string|nil message
+function M.rank(config, found) return pattern.guard(rank, config, found) end
 
 -- May an adapter of this config bring this parameter of the module at `path`?
 local function may_replace(config, tree, path, spelled, field)
@@ -188,6 +191,8 @@ end
 
 -- Everything of an open weights file that its config asks for.
 local function read_weights(tree, ix, config, where)
+  config.target_modules = config.target_modules or targets.defaults[tree.family.name]
+  if not config.target_modules then return nil, ("'%s': its config has no target_modules"):format(where), "WANE_E_FORMAT" end
   local found, unused, code = targets.match(tree, config)
   if not found then return nil, ("'%s': %s"):format(where, unused), code end
   local report = { missing = {}, unexpected = {}, unused = unused }

@@ -104,13 +104,13 @@ local function compute(model, state, names)
   for path, module in model:modules() do
     local parts = by_path[path]
     if parts then
-      local own = state:own(module, path, "weight")
+      local own = state:merge_base(module, path, "weight", names)
       local made, line, code = F.outside_scopes(merged_weight, module, path, parts, own)
       if not made then
         for _, result in pairs(results) do for _, tensor in pairs(result) do tensor:close() end end
         return nil, line, code
       end
-      local own_bias = state:own(module, path, "bias")
+      local own_bias = state:merge_base(module, path, "bias", names)
       results[path] = { weight = made, bias = own_bias and F.outside_scopes(core.scope, merged_bias, parts, own_bias) }
       report.layers[#report.layers + 1] = line
     end

@@ -4,8 +4,7 @@
 -- Sources: Python's library reference, "Regular Expression Syntax"; PCRE2 pcre2pattern(3).
 -- @module wane.lora.pattern
 local ffi = require "ffi"
-local core = require "wane.core"
-local C = core.C
+local C = require("wane.core").C
 
 local M = {}
 
@@ -64,13 +63,28 @@ function M.compile(text)
   return setmetatable({ text = text, handle = ffi.gc(box[0], C.wane_pattern_free) }, Pattern)
 end
 
---- Does the whole of `text` match? Raises for a pattern that would run for ages on it.
+local Endless = { __tostring = function(e) return e.message end }
+
+--- Does the whole of `text` match? Raises what M.guard catches for a pattern that would run for ages on it.
 -- @param text string ASCII
 -- @return boolean
 function Pattern:matches(text)
   local status = C.wane_pattern_match(self.handle, text, #text)
-  if status < 0 then core.raise("pattern '%s' on '%s': %s", self.text, text, ffi.string(C.wane_error())) end
+  if status < 0 then
+    error(setmetatable({ message = ("pattern '%s' on '%s': %s"):format(self.text, text, ffi.string(C.wane_error())) }, Endless), 0)
+  end
   return status == 1
 end
+
+local function finish(ok, first, ...)
+  if ok then return first, ... end
+  if getmetatable(first) == Endless then return nil, first.message, "WANE_E_FORMAT" end
+  error(first, 0)
+end
+
+--- Runs fn; where one of its patterns runs for ages: nil, message, code.
+-- @param fn function
+-- @return what fn returns
+function M.guard(fn, ...) return finish(pcall(fn, ...)) end
 
 return M

@@ -100,7 +100,7 @@ local function wanted_parameters(self)
   for path, result in pairs(self.disabled and {} or self.results) do
     wanted[path] = wanted[path] or {}
     for field, tensor in pairs(result) do
-      if wanted[path][field] then
+      if wanted[path][field] and not self:is_merged(owner[path][field]) then
         core.raise("lora: '%s' brings a %s of '%s', which another adapter was merged into: unmerge that first", owner[path][field], field, path)
       end
       wanted[path][field] = tensor
@@ -133,6 +133,16 @@ function State:own(module, path, field)
   local kept = self.base[path]
   if kept and kept[field] then return kept[field] end
   return rawget(module, field)
+end
+
+--- The parameter that adapters are merged into: what one of them brings, else the model's own.
+-- @param names string[]
+function State:merge_base(module, path, field, names)
+  for _, name in ipairs(names) do
+    local replaced = self.adapters[name].replaced[path]
+    if replaced and replaced[field] then return replaced[field] end
+  end
+  return self:own(module, path, field)
 end
 
 -- Puts the parameters in force into a module; its own ones are kept aside meanwhile.
@@ -175,13 +185,13 @@ end
 
 local fields = { "A", "B", "bias", "magnitude" }
 
---- Every tensor of an adapter: fn(tensor, is_part).
+--- Every tensor of an adapter: fn(tensor, path of its module, field, is_part).
 function M.each_tensor(adapter, fn)
-  for _, part in pairs(adapter.parts) do
-    for _, field in ipairs(fields) do if part[field] then fn(part[field], true) end end
+  for path, part in pairs(adapter.parts) do
+    for _, field in ipairs(fields) do if part[field] then fn(part[field], path, field, true) end end
   end
-  for _, replaced in pairs(adapter.replaced) do
-    for _, field in ipairs { "weight", "bias" } do if replaced[field] then fn(replaced[field], false) end end
+  for path, replaced in pairs(adapter.replaced) do
+    for _, field in ipairs { "weight", "bias" } do if replaced[field] then fn(replaced[field], path, field, false) end end
   end
 end
 

@@ -92,18 +92,19 @@ local function compile(o)
   return compiled
 end
 
---- Is the module at `path` one of, or in one of, modules_to_save?
+--- Is the module at `path` one of, or in one of, modules_to_save? An entry names every path that ends in it, within a name too ("norm" is
+-- input_layernorm as well): peft utils/other.py _set_trainable.
 -- @param path string
 -- @param list string[]|nil
 -- @return string|nil the entry
 function M.is_saved(path, list)
   for _, entry in ipairs(list or {}) do
-    if ("." .. path .. "."):find("." .. entry .. ".", 1, true) then return entry end
+    if (path .. "."):find(entry .. ".", 1, true) then return entry end
   end
 end
 
 local function excluded(path, o, compiled)
-  if compiled.exclude_modules then return compiled.exclude_modules:matches(path) end
+  if compiled.exclude_modules and compiled.exclude_modules:matches(path) then return true end
   for _, entry in ipairs(type(o.exclude_modules) == "table" and o.exclude_modules or {}) do
     if is_entry(path, entry) then return true end
   end
@@ -123,24 +124,21 @@ end
 
 -- The spelling of `path` under which the targets name it, or nil.
 local function spelling_named(tree, path, module, o, compiled, used)
-  local spelled = M.spellings(tree, path)
-  for _, name in ipairs(spelled) do if excluded(name, o, compiled) then return nil end end
-  if type(o.target_modules) == "string" and not compiled.target_modules then                -- all-linear
-    return module.in_features and path ~= tree.family.head and path or nil
+  local hit, left_out
+  for _, name in ipairs(M.spellings(tree, path)) do
+    left_out = left_out or excluded(name, o, compiled)
+    if compiled.target_modules then
+      hit = hit or compiled.target_modules:matches(name) and name
+    elseif type(o.target_modules) == "table" then
+      hit = hit or named(name, o, compiled, used) and name
+    else                                                                        -- all-linear
+      hit = module.in_features and path ~= tree.family.head and path
+    end
   end
-  for _, name in ipairs(spelled) do
-    local hit
-    if compiled.target_modules then hit = compiled.target_modules:matches(name) else hit = named(name, o, compiled, used) end
-    if hit then return name end
-  end
+  return hit and not left_out and hit or nil
 end
 
---- The modules that a config's targets name, in the order of the tree.
--- @param tree wane.Module a model, or a tree of wane.models.build (values are not needed)
--- @param o table PEFT's target_modules (list, pattern or "all-linear"), exclude_modules, modules_to_save, layers_to_transform, layers_pattern
--- @return table[]|nil list of { path, spelled = as the targets call it, module, kind = "linear" | "embedding" }; string[]|string entries of a
---   list that named nothing, or the message; string|nil code. Targets that name nothing at all, or another kind of module, are an error.
-function M.match(tree, o)
+local function match(tree, o)
   local compiled, message = compile(o)
   if not compiled then return nil, message, "WANE_E_FORMAT" end
   local found, used = {}, {}
@@ -163,6 +161,13 @@ function M.match(tree, o)
   return nil, ("target_modules: nothing in this %s model is called %s%s; print(model) draws the tree"):format(tree.family.name, said,
     (compiled.wanted or o.exclude_modules) and " once layers_to_transform and exclude_modules are heeded" or ""), "WANE_E_ARG"
 end
+
+--- The modules that a config's targets name, in the order of the tree.
+-- @param tree wane.Module a model, or a tree of wane.models.build (values are not needed)
+-- @param o table PEFT's target_modules (list, pattern or "all-linear"), exclude_modules, modules_to_save, layers_to_transform, layers_pattern
+-- @return table[]|nil list of { path, spelled = as the targets call it, module, kind = "linear" | "embedding" }; string[]|string entries of a
+--   list that named nothing, or the message; string|nil code. Targets that name nothing at all, or another kind of module, are an error.
+function M.match(tree, o) return pattern.guard(match, tree, o) end
 
 -- ---------------------------------------------------------------- rank_pattern, alpha_pattern
 
