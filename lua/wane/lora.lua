@@ -128,9 +128,9 @@ local function fresh_replaced(model, config, parts)
   for path, module in model:modules() do
     local spelled, entry = path, nil
     for _, s in ipairs(targets.spellings(model, path)) do
-      entry = entry or targets.is_saved(s, config.modules_to_save)
-      if entry and spelled == path then spelled = s end
+      if not entry then spelled, entry = s, targets.is_saved(s, config.modules_to_save) end
     end
+    if not entry then spelled = path end
     for _, p in ipairs(module:own_parameters()) do
       local wanted = entry or (p.name == "bias" and (config.bias == "all" or (config.bias == "lora_only" and parts[path])))
       if wanted and p.value then

@@ -242,6 +242,62 @@ describe("a quantized base", function()
   end)
 end)
 
+describe("experts of a mixture", function()
+  local model
+  before_each(function()
+    model = assert(wane.load("spec/fixtures/models/mixtral", { tokenizer = false, compute = "f32" }))
+    -- Its weights are 16-bit, and a merge into those rounds.
+    for _, l in ipairs(model:linears()) do l[2].weight = F.outside_scopes(function() return l[2].weight:to "f32" end) end
+  end)
+  after_each(function()
+    model:close()
+    files.clean()
+  end)
+
+  it("take adapters, all of them or some: as merged", function()
+    for _, targets in ipairs { { "w1", "w2", "w3", "gate", "q_proj" }, { "experts.0.w1", "experts.2.w1", "w2" } } do
+      local base = logits(model)
+      lora.attach(model, { target_modules = targets, init_lora_weights = false, alpha = 16 })
+      local adapted, n = logits(model)
+      local dir = files.folder()
+      assert(lora.save(model, dir))
+      assert(lora.merge(model))
+      local d, moved = distance(adapted, logits(model), n), distance(base, adapted, n)
+      print(("  mixtral, %s: adapters against merged %.2g of the largest logit; they move it by %.2g"):format(table.concat(targets, " "), d, moved))
+      assert.is_true(d <= 2e-6 and moved > 1e-2)
+      assert(lora.unmerge(model))
+      lora.delete(model, "default")
+      assert(lora.load(model, dir))
+      assert.is_true(distance(adapted, logits(model), n) == 0)
+      lora.delete(model, "default")
+    end
+  end)
+
+  it("of one mixture need one rank and scale, and no DoRA", function()
+    assert.error_matches(function() lora.attach(model, { target_modules = { "w1" }, rank_pattern = { ["experts\\.1\\.w1"] = 2 } }) end,
+      "experts of one mixture need one rank and one scale")
+    assert.error_matches(function() lora.attach(model, { target_modules = { "w1" }, use_dora = true }) end, "DoRA on experts of a mixture")
+    assert.same({}, lora.list(model))
+    lora.attach(model, { target_modules = { "w1", "w2" }, rank_pattern = { w2 = 3 } })
+  end)
+end)
+
+describe("saving the model", function()
+  it("writes what is merged, refuses what is active beside", function()
+    local model, dir = load "llama", files.folder()
+    assert(lora.load(model, root .. "lora/llama_all"))
+    assert.error_matches(function() model:save(dir) end, "save: adapter 'default' is active beside the weights")
+    assert(lora.merge(model))
+    local merged = bits(model)
+    assert(model:save(dir))
+    local saved = assert(wane.load(dir, { tokenizer = false, compute = "f32" }))
+    assert.is_true(bits(saved) == merged)
+    saved:close()
+    model:close()
+    files.clean()
+  end)
+end)
+
 describe("merging", function()
   it("a damaged adapter changes nothing", function()
     local model = load "llama"

@@ -105,6 +105,12 @@ for _, name in ipairs(cases) do
         print(("  %s merged as peft merges tied weights: %.2g of the largest logit"):format(name, d))
         assert.is_true(d <= BAR)
         model.lm_head.weight = own
+        local dir, before = files.folder(), bits(model, ids)                  -- saved, the pair stays parted
+        assert(model:save(dir))
+        local saved = assert(wane.load(dir, { tokenizer = false, compute = "f32" }))
+        assert.is_false(saved.config.tie_word_embeddings)
+        assert.is_true(bits(saved, ids) == before)
+        saved:close()
       end)
     end
   end)

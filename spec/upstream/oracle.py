@@ -1,8 +1,9 @@
-"""What transformers and bitsandbytes make of folders: the other side of roundtrip_spec.lua.
+"""What transformers, bitsandbytes and peft make of folders: the other side of roundtrip_spec.lua and adapters_spec.lua.
 
     python oracle.py JOBS.json          # results: JOBS.json with ".out" behind it
 
-A job is {"op": "load", "folder", "ids", "decoder_ids"?} or, with the same and more, {"op": "save", "source", "quant": {...}, "dtype"}. Logits are written
+A job is {"op": "load", "folder", "ids", "decoder_ids"?} or, with the same and more, {"op": "save", "source", "quant": {...}, "dtype"} or
+{"op": "adapter", "base"}. Logits are written
 as raw float32 beside the folder's weights (logits.f32: products with the exactly dequantized weights; raw.f32: with upstream's own modules).
 
 bitsandbytes' CPU kernels are no oracle: they repack weights lossily on AVX512-BF16 machines (switched off here), take wrong scales when
@@ -117,13 +118,27 @@ def save(job):
     return load(job)  # in float32: buffers of a 16-bit model (Gemma's scale of the embedding) are rounded
 
 
+def adapter(job):
+    """logits of a base with the adapter in the folder; what peft says of keys that it lacks or does not know"""
+    from peft import PeftModel
+
+    base = auto_class(job["base"]).from_pretrained(job["base"], dtype=torch.float32, attn_implementation="eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, job["folder"])
+        complaints = [str(w.message) for w in told if "keys" in str(w.message)]
+        out = logits_of(model.eval(), job, job["folder"] + "/logits.f32")
+    trainable = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n)
+    return {"shape": list(out.shape), "absmax": float(out.abs().max()), "complaints": complaints, "parameters": trainable}
+
+
 def main():
     with open(sys.argv[1]) as f:
         jobs = json.load(f)
     results = []
     for job in jobs:
         try:
-            results.append({"load": load, "save": save}[job["op"]](job))
+            results.append({"load": load, "save": save, "adapter": adapter}[job["op"]](job))
         except Exception as e:
             results.append({"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()})
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "bitsandbytes": bnb.__version__}

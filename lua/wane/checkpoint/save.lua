@@ -87,11 +87,28 @@ local function plain(value)
   return out
 end
 
+-- Was a tied pair parted by an adapter, so that the config has to say so?
+local function is_parted(model)
+  local head, table_ = model:find(model.family.head), model:find(model.family.embedding)
+  if model.config.tie_word_embeddings == false or not head or not table_ or head.weight == table_.weight then return false end
+  return rawget(model, "lora") ~= nil and head.weight:is_float()
+end
+
+-- The config to write, and its text where the source has one.
 local function config_of(model)
-  if model.source_config then return model.source_config end
-  local out = {}
-  for k, v in pairs(model.config) do out[k] = plain(v) end
-  return out
+  local out, text = model.source_config, model.config_text
+  if not out then
+    out = {}
+    for k, v in pairs(model.config) do out[k] = plain(v) end
+  end
+  if not is_parted(model) then return out, text end
+  if not text then
+    out.tie_word_embeddings = false
+    return out
+  end
+  local said
+  text, said = text:gsub('("tie_word_embeddings"%s*:%s*)true', "%1false", 1)
+  return out, said > 0 and text or (text:gsub("%s*}%s*$", ',\n  "tie_word_embeddings": false\n}\n'))
 end
 
 -- What quantization_config is to say of the quantized items, if there are any.
@@ -119,12 +136,15 @@ function M.save(model, dir, opts)
   opts = opts or {}
   for name in pairs(opts) do if not known[name] then core.raise("save: there is no option '%s': dtype, max_shard_bytes, progress", tostring(name)) end end
   if opts.dtype and not floats[opts.dtype] then core.raise("save: dtype: expected f32, f16 or bf16, found '%s'", tostring(opts.dtype)) end
+  local adapters = rawget(model, "lora")
+  if adapters then adapters:refuse_beside "save" end
   local items, linears = items_of(model, opts.dtype)
   local addition, reason = quantization_of(model, items, linears)
+  local config, text = config_of(model)
   local source = model.path and require("wane.checkpoint").open(model.path)
   local result, message, code = folder.write(dir, {
     what = "model:save", items = items, max_shard_bytes = opts.max_shard_bytes, progress = opts.progress,
-    config = folder.config_text(config_of(model), model.config_text, opts.dtype, addition),
+    config = folder.config_text(config, text, opts.dtype, addition),
     companions = { folder = source and source.folder or (model.path and paths.is_folder(model.path) and model.path) or nil,
                    generation_config = model.generation_config, gguf = source and source.format == "gguf" and source.index or nil },
   })

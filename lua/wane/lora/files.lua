@@ -117,6 +117,26 @@ local function check_part(config, target, held, r)
   if held.entries.bias and target.kind == "embedding" then return ("'%s': an Embedding takes no bias"):format(held.entries.bias.name) end
 end
 
+-- A mixture's experts run together: an adapter has one rank and one scale for the same matrix of all of them. true, or nil, message.
+local function check_experts(config, found)
+  local first = {}
+  for _, target in ipairs(found) do
+    if target.module.is_expert then
+      if config.use_dora or config.lora_bias then
+        return nil, ("%s on experts of a mixture ('%s') is not built in wane"):format(config.use_dora and "DoRA" or "lora_bias", target.path)
+      end
+      local matrix = target.path:gsub("%.%d+(%.[^.]+)$", ".*%1")
+      local other = first[matrix] or target
+      first[matrix] = other
+      if other.r ~= target.r or other.scale ~= target.scale then
+        return nil, ("experts of one mixture need one rank and one scale: '%s' has r = %d, scale %g, '%s' has r = %d, scale %g"):format(other.path, other.r,
+          other.scale, target.path, target.r, target.scale)
+      end
+    end
+  end
+  return true
+end
+
 local function rank(config, found)
   local of, message = targets.patterns(config.rank_pattern)
   if not of then return nil, "rank_pattern: " .. message end
@@ -127,7 +147,7 @@ local function rank(config, found)
     target.r = of(target.path, target.spelled) or config.r
     target.scale = (alpha(target.path, target.spelled) or config.lora_alpha) / (config.use_rslora and math.sqrt(target.r) or target.r)
   end
-  return true
+  return check_experts(config, found)
 end
 
 --- Rank and scale of every target, by its path.

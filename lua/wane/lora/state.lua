@@ -145,6 +145,17 @@ function State:merge_base(module, path, field, names)
   return self:own(module, path, field)
 end
 
+--- Raises where an adapter is in force beside the weights: whoever writes weights alone would leave it out.
+-- @param what string the caller's name for messages
+function State:refuse_beside(what)
+  for _, name in ipairs(self.disabled and {} or self.active) do
+    if not self:is_merged(name) then
+      core.raise("%s: adapter '%s' is active beside the weights: lora.merge writes it into them, lora.disable leaves it out, lora.save writes it alone",
+        what, name)
+    end
+  end
+end
+
 -- Puts the parameters in force into a module; its own ones are kept aside meanwhile.
 local function place(self, module, path, wanted)
   local kept = self.base[path] or {}

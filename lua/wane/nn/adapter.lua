@@ -10,6 +10,7 @@
 -- @module wane.nn.adapter
 local core = require "wane.core"
 local F = require "wane.nn.functional"
+local Tensor = require "wane.tensor"
 local C = core.C
 
 local M = {}
@@ -107,6 +108,44 @@ function M.linear(layer, parts, x, compute)
     y = joined(layer, part, y, base, u)
   end
   return late and F.add(y, bias) or y
+end
+
+-- The parts of every adapter that is active on one of the experts: a list of { [expert] = part }, in the order of the adapters.
+local function by_adapter(linears)
+  local list, of = {}, {}
+  for e, linear in ipairs(linears) do
+    for _, part in ipairs(rawget(linear, "adapters") or {}) do
+      if not of[part.name] then
+        of[part.name] = { any = part }
+        list[#list + 1] = of[part.name]
+      end
+      of[part.name][e] = part
+    end
+  end
+  return list
+end
+
+--- y of a mixture's experts with active adapters. Those of one adapter have one rank and scale (wane.lora sees to it); experts without a
+-- part get zeros.
+-- @param linears wane.Linear[] the same matrix of every expert
+-- @param x wane.Tensor [P, in] rows sorted by expert
+-- @param bounds wane.Tensor see F.linear_experts
+-- @param y wane.Tensor [P, out] the base's result
+-- @return wane.Tensor [P, out]
+function M.experts(linears, x, bounds, y)
+  for _, parts in ipairs(by_adapter(linears)) do
+    local any, A, B = parts.any, {}, {}
+    local zero_A, zero_B
+    for e, linear in ipairs(linears) do
+      if not parts[e] and not zero_A then
+        zero_A, zero_B = Tensor.constructors.zeros(any.r, linear.in_features), Tensor.constructors.zeros(linear.out_features, any.r)
+      end
+      A[e], B[e] = parts[e] and parts[e].A or zero_A, parts[e] and parts[e].B or zero_B
+    end
+    local u = F.scale(F.linear_experts(x, bounds, A, EXACT), any.scale)
+    y = F.add(y, F.linear_experts(u, bounds, B, EXACT))
+  end
+  return y
 end
 
 -- A's columns as rows, for looking ids up.

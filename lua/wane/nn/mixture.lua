@@ -2,10 +2,11 @@
 -- Shazeer et al. 2017; Fedus et al. 2021. Source of the router's arithmetic: transformers modeling_mixtral.py, modeling_qwen3_moe.py.
 --
 -- Rows are sorted by expert on the device and each expert multiplies its own: the work is that of the chosen experts, for one row and for
--- many, and nothing waits for the router's choice. The experts' Linears hold weights only: their own forward (and a hook on it) is not
--- called.
+-- many, and nothing waits for the router's choice. The experts' Linears hold weights and adapters only: their own forward (and a hook on
+-- it) is not called.
 -- @module wane.nn.mixture
 local core = require "wane.core"
+local adapter = require "wane.nn.adapter"
 local F = require "wane.nn.functional"
 local layers = require "wane.nn.layers"
 local Linear = require("wane.nn.linear").new
@@ -16,11 +17,14 @@ local M = {}
 
 -- Row p times the weight of its expert's Linear `name`.
 local function multiply(experts, name, x, bounds)
-  local weights = {}
-  for e = 1, #experts do weights[e] = experts[e][name].weight end
+  local weights, linears = {}, {}
+  for e = 1, #experts do
+    linears[e] = experts[e][name]
+    weights[e] = linears[e].weight
+  end
   local first = experts[1][name]
   local compute = first.compute or (weights[1]:dtype() == "f32" and C.WANE_COMPUTE_F32 or C.WANE_COMPUTE_BF16)
-  return F.linear_experts(x, bounds, weights, compute, first.threshold)
+  return adapter.experts(linears, x, bounds, F.linear_experts(x, bounds, weights, compute, first.threshold))
 end
 
 --- Makes the layer: a router `gate` and a list `experts`.
@@ -31,12 +35,13 @@ end
 function M.new(width, o)
   local gate, up, down = unpack(o.names)
   local gated = layers.gate(o.act)
+  local function matrix(inputs, outputs)
+    local linear = Linear(inputs, outputs, false)
+    linear.is_expert = true                                -- wane.lora: its adapters run together with the others'
+    return linear
+  end
   local function expert()
-    return module.module {
-      [gate] = Linear(width, o.inner, false),
-      [up] = Linear(width, o.inner, false),
-      [down] = Linear(o.inner, width, false),
-    }
+    return module.module { [gate] = matrix(width, o.inner), [up] = matrix(width, o.inner), [down] = matrix(o.inner, width) }
   end
   return module.module {
     gate = Linear(width, o.experts, false),
