@@ -386,7 +386,7 @@ end
 function M.load_options(args)
   if args.device_map and args.device_map ~= "cpu" then M.later("--device-map " .. args.device_map, "placement on several devices") end
   if args.max_memory and #args.max_memory > 0 then M.later("--max-memory", "placement on several devices") end
-  local options = { compute = args.compute, lora = adapters_of(args.lora) }
+  local options = { compute = args.compute, lora = adapters_of(args.lora or {}) }
   local rules = args.rules and M.check(require("wane.quant.rules").read(args.rules))
   if rules or (args.quant and args.quant ~= "none") then
     local four_bit = args.quant == "nf4" or args.quant == "fp4"
