@@ -265,7 +265,8 @@ cli.run(parser, function(args)
   for _, name in ipairs { "quant", "block_size", "double_quant", "dtype", "context", "batch_size", "lora_r", "target_modules", "max_memory" } do
     if args[name] then cli.usage("--%s goes with --plan", (name:gsub("_", "-"))) end
   end
-  if require("wane.lora").is_adapter(path) and not require("wane.checkpoint").has_weights(path) then return adapter_command(args, path) end
+  local folder = require("wane.hub").resolve(path)
+  if folder and require("wane.lora").is_adapter(folder) and not require("wane.checkpoint").has_weights(folder) then return adapter_command(args, folder) end
   local ckpt = cli.check(require("wane.checkpoint").open(path))
   local rows = gather(ckpt)
   local parameters, bytes, by_dtype, invalid = 0, 0, {}, {}

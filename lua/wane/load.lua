@@ -219,20 +219,24 @@ local function read(path, scheme, opts, ckpt)
   return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
 end
 
+-- A folder's own name as an adapter's.
+local function adapter_name(dir) return (tostring(dir):match "([^/]*)/*$":gsub("[^%w_-]", "_")) end
+
 -- Adapter folders as { { name, dir } … }: the list's get their folder's name (a single one "default"), the rest the key's.
 local function adapter_list(given)
   if given == nil then return {} end
   if type(given) == "string" then given = { given } end
   if type(given) ~= "table" then core.raise("load: lora: expected an adapter's folder or a list of them, found a %s", type(given)) end
   local list, named = {}, {}
-  for i, dir in ipairs(given) do list[i] = { #given == 1 and next(given, #given) == nil and "default" or tostring(dir):match "([^/]*)/*$", dir } end
   for name, dir in pairs(given) do if type(name) == "string" then named[#named + 1] = { name, dir } end end
+  for i, dir in ipairs(given) do list[i] = { #given + #named == 1 and "default" or adapter_name(dir), dir } end
   table.sort(named, function(a, b) return a[1] < b[1] end)
   for _, item in ipairs(named) do list[#list + 1] = item end
   return list
 end
 
-local complaints = { missing = "has no values for", unexpected = "holds values that its config does not ask for:", unused = "targets what is not there:" }
+local complaints = { { "missing", "has no values for" }, { "unexpected", "holds values that its config does not ask for:" },
+                     { "unused", "targets what is not there:" } }
 
 -- Loads adapters onto a model and makes all of them active.
 local function add_adapters(model, list)
@@ -241,10 +245,10 @@ local function add_adapters(model, list)
     local report, message, code = lora.load(model, item[2], { name = item[1] })
     if not report then return nil, message, code end
     names[i] = report.name
-    for kind, text in pairs(complaints) do
-      local entries = report[kind]
+    for _, complaint in ipairs(complaints) do
+      local entries = report[complaint[1]]
       if #entries > 0 then
-        table.insert(model.warnings, ("adapter '%s' %s %s%s"):format(item[2], text, table.concat(entries, ", ", 1, math.min(#entries, 5)),
+        table.insert(model.warnings, ("adapter '%s' %s %s%s"):format(item[2], complaint[2], table.concat(entries, ", ", 1, math.min(#entries, 5)),
           #entries > 5 and (" and %d more"):format(#entries - 5) or ""))
       end
     end
@@ -256,11 +260,14 @@ end
 -- A folder that holds an adapter alone stands for its base model with it: the base's path, and the adapter in front of the list.
 local function base_of(path, list)
   local files = require "wane.lora.files"
-  if not files.is_adapter(path) or require("wane.checkpoint").has_weights(path) then return path end
-  local config, message, code = require("wane.lora.config").read(path)
+  local dir, message, code = require("wane.hub").resolve(path)
+  if not dir then return nil, message, code end
+  if not files.is_adapter(dir) or require("wane.checkpoint").has_weights(dir) then return path end
+  local config
+  config, message, code = require("wane.lora.config").read(dir)
   if not config then return nil, message, code end
-  table.insert(list, 1, { "default", path })
-  return files.base_path(path, config)
+  table.insert(list, 1, { "default", dir })
+  return files.base_path(dir, config)
 end
 
 -- The tokenizer of the first place that has one.

@@ -17,6 +17,7 @@ local Tensor = require "wane.tensor"
 local config_file = require "wane.lora.config"
 local count = require "wane.lora.count"
 local files = require "wane.lora.files"
+local hub = require "wane.hub"
 local merging = require "wane.lora.merge"
 local states = require "wane.lora.state"
 local targets = require "wane.lora.targets"
@@ -38,7 +39,8 @@ local function check_options(what, given, known)
   for key in pairs(given or {}) do if not known[key] then core.raise("%s: there is no option '%s'", what, tostring(key)) end end
 end
 
---- Attaches an adapter's folder (PEFT's files). The first adapter of a model becomes active; set_adapter chooses among several.
+--- Attaches an adapter's folder (PEFT's files), or one of that name in the Hugging Face cache. The first adapter of a model becomes
+-- active; set_adapter chooses among several.
 -- @param model wane.Model
 -- @param dir string
 -- @param opts table|nil { name = "default" }
@@ -49,7 +51,10 @@ function M.load(model, dir, opts)
   check_options("lora.load", opts, { name = true })
   if type(dir) ~= "string" then core.raise("lora.load: expected a folder, found a %s", type(dir)) end
   local name = new_name(state, opts and opts.name)
-  local adapter, message, code = files.read(model, (dir:gsub("(.)/+$", "%1")))
+  local folder, message, code = hub.resolve(dir)
+  if not folder then return nil, message, code end
+  local adapter
+  adapter, message, code = files.read(model, (folder:gsub("(.)/+$", "%1")))
   if not adapter then return nil, message, code end
   state:add(name, adapter)
   state:refresh(model)

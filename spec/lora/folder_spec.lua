@@ -67,6 +67,22 @@ describe("a folder that holds an adapter alone", function()
     assert.matches("does not name its base model", message)
   end)
 
+  it("names of the Hugging Face cache do for both", function()
+    local cache = files.folder()
+    local function put(name, source)
+      local folder = cache .. "/models--" .. name:gsub("/", "--")
+      assert(os.execute(("mkdir -p %s/snapshots %s/refs && cp -r %s %s/snapshots/abc"):format(folder, folder, source, folder)) == 0)
+      files.write(folder .. "/refs/main", "abc")
+    end
+    put("someone/tiny-llama", root .. "base/llama")
+    put("someone/tiny-adapter", copy("llama_all", set("base_model_name_or_path", '"someone/tiny-llama"')))
+    local code = 'local m = assert(require("wane").load("someone/tiny-adapter", { tokenizer = false })) io.write(m.lora.order[1], " ", m.path)'
+    local pipe = io.popen(("HF_HUB_CACHE=%s LUA_PATH='./lua/?.lua;./lua/?/init.lua;;' luajit -e '%s' 2>&1"):format(cache, code))
+    local text = pipe:read "*a"
+    pipe:close()
+    assert.equal("default " .. cache .. "/models--someone--tiny-llama/snapshots/abc", text)
+  end)
+
   it("several are named after their folders and all active; nonsense raises", function()
     local model = assert(load(root .. "base/llama", { lora = { root .. "lora/llama_all", root .. "lora/llama_dora/" } }))
     local list = lora.list(model)

@@ -4,6 +4,7 @@
 -- @module wane.lora.files
 local core = require "wane.core"
 local config_file = require "wane.lora.config"
+local hub = require "wane.hub"
 local index = require "wane.checkpoint.index"
 local pattern = require "wane.lora.pattern"
 local targets = require "wane.lora.targets"
@@ -23,7 +24,8 @@ function M.is_adapter(path)
   return C.wane_path_kind(path) == C.WANE_PATH_FOLDER and is_file(path .. "/adapter_config.json")
 end
 
---- Where the base model of an adapter is: the path that its config gives, from the adapter's folder or from here.
+--- Where the base model of an adapter is: the path that its config gives, from the adapter's folder or from here, else a model of that
+-- name in the Hugging Face cache.
 -- @param dir string
 -- @param config table
 -- @return string|nil path, string|nil message, string|nil code
@@ -36,8 +38,11 @@ function M.base_path(dir, config)
   for _, place in ipairs(places) do
     if C.wane_path_kind(place) ~= C.WANE_PATH_NONE and place ~= dir then return place end
   end
-  return nil, ("'%s' is an adapter of '%s', which is at none of %s: load the base model, with lora = '%s'"):format(dir, name,
-    table.concat(places, ", "), dir), "WANE_E_NOTFOUND"
+  local revision = config.revision and "@" .. config.revision or ""
+  local cached = hub.find(name .. revision)
+  if cached then return cached end
+  return nil, ("'%s' is an adapter of '%s', which is at none of %s%s: load the base model, with lora = '%s'"):format(dir, name, table.concat(places, ", "),
+    hub.parse(name) and (" and not in the cache (`wane pull %s%s` fetches it)"):format(name, revision) or "", dir), "WANE_E_NOTFOUND"
 end
 
 -- ---------------------------------------------------------------- keys
