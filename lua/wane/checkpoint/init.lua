@@ -47,6 +47,9 @@ local function weights_of(folder, config, variant)
     tried[i] = variant and name:gsub("%.(%w+)$", "." .. variant:gsub("%%", "%%%%") .. ".%1") or name
     if is_file(folder .. "/" .. tried[i]) then return folder .. "/" .. tried[i] end
   end
+  if is_file(folder .. "/adapter_config.json") then
+    return nil, ("'%s' holds an adapter, not a model: wane.load takes it with its base"):format(folder), "WANE_E_UNSUPPORTED"
+  end
   return nil, ("'%s' has none of %s"):format(folder, table.concat(tried, ", ")), "WANE_E_NOTFOUND"
 end
 
