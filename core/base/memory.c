@@ -70,8 +70,8 @@ char *wane_copy_string(const char *text) {
   return copy;
 }
 
-/* A weight of a few MB holds few aligned huge pages, and a walk through small ones loses up to a third of the bandwidth in a virtual
- * machine (each miss of the TLB walks two tables). So blocks share regions: nothing but a region's end is left over, freeing gives
+/* A weight of a few MB holds few aligned huge pages, and small ones cost about an eighth of decode's speed in a virtual
+ * machine (each miss of the TLB walks two tables; docs/kernels.md). So blocks share regions: nothing but a region's end is left over, freeing gives
  * back exactly a block's pages, and address space is not used twice. `busy` is no lock to wait for: who finds it taken (a forked
  * child forever, if it was held then) gets pages of its own. */
 static struct { _Atomic int busy; char *next, *end; } region;
