@@ -137,6 +137,16 @@ describe("keys", function()
     assert.is_true(same(function(key) return (key:gsub("^base_model%.model%.model%.", "base_model.model.")) end))
   end)
 
+  it("of the older adapter_model.bin", function()
+    assert(lora.load(model, root .. "lora/llama_patterns"))
+    local want = bits(model)
+    lora.delete(model, "default")
+    assert(lora.load(model, root .. "lora/llama_patterns_bin"))
+    assert.is_true(bits(model) == want)
+    lora.delete(model, "default")
+    assert.equal("adapter_model.bin", lora.describe(root .. "lora/llama_patterns_bin").file)
+  end)
+
   it("half precision is widened", function()
     local dir = copy("llama_all", nil, function(tensors)
       for key, tensor in pairs(tensors) do tensors[key] = tensor:to "bf16" end
@@ -214,6 +224,15 @@ describe("refused", function()
     refuses(copy("llama_all", set("use_dora", "true")), "has no lora magnitude")
     refuses(copy("llama_all", set("modules_to_save", '["norm"]'), function(t) t["base_model.model.model.norm.weight"] = wane.zeros(70) return t end),
       "has shape [70], the model's is [72]")
+  end)
+
+  it("links out of the folder", function()
+    for _, name in ipairs { "adapter_config.json", "adapter_model.safetensors" } do
+      local dir = copy "llama_all"
+      local outside = require("wane.checkpoint.paths").real(root .. "lora/llama_all/" .. name)
+      assert(os.execute(("ln -sf %s %s/%s"):format(outside, dir, name)) == 0)
+      refuses(dir, name)
+    end
   end)
 
   it("a folder without weights, and an empty one", function()

@@ -4,8 +4,10 @@
 -- @module wane.lora.files
 local core = require "wane.core"
 local config_file = require "wane.lora.config"
+local count = require "wane.lora.count"
 local hub = require "wane.hub"
 local index = require "wane.checkpoint.index"
+local paths = require "wane.checkpoint.paths"
 local pattern = require "wane.lora.pattern"
 local targets = require "wane.lora.targets"
 local C = core.C
@@ -15,13 +17,11 @@ local M = {}
 local PREFIX = "base_model.model."
 local WEIGHTS = { "adapter_model.safetensors", "adapter_model.bin" }
 
-local function is_file(path) return C.wane_path_kind(path) == C.WANE_PATH_FILE end
-
 --- Is this the folder of an adapter?
 -- @param path string
 -- @return boolean
 function M.is_adapter(path)
-  return C.wane_path_kind(path) == C.WANE_PATH_FOLDER and is_file(path .. "/adapter_config.json")
+  return paths.is_file(path .. "/adapter_config.json")
 end
 
 --- Where the base model of an adapter is: the path that its config gives, from the adapter's folder or from here, else a model of that
@@ -43,6 +43,26 @@ function M.base_path(dir, config)
   if cached then return cached end
   return nil, ("'%s' is an adapter of '%s', which is at none of %s%s: load the base model, with lora = '%s'"):format(dir, name, table.concat(places, ", "),
     hub.parse(name) and (" and not in the cache (`wane pull %s%s` fetches it)"):format(name, revision) or "", dir), "WANE_E_NOTFOUND"
+end
+
+-- A folder's config and its weights' index; nil, message, code. Links out of the folder are refused as a model's are.
+local function open(dir)
+  for _, name in ipairs { "adapter_config.json", unpack(WEIGHTS) } do
+    if paths.is_file(dir .. "/" .. name) then
+      local ok, message, code = paths.check(dir, dir .. "/" .. name)
+      if not ok then return nil, message, code end
+    end
+  end
+  local config, message, code = config_file.read(dir)
+  if not config then return nil, message, code end
+  for _, name in ipairs(WEIGHTS) do
+    if paths.is_file(dir .. "/" .. name) then
+      local ix
+      ix, message, code = index.open(dir .. "/" .. name)
+      return ix and config, ix or message, code
+    end
+  end
+  return nil, ("'%s' has no %s"):format(dir, table.concat(WEIGHTS, " and no ")), "WANE_E_NOTFOUND"
 end
 
 -- ---------------------------------------------------------------- keys
@@ -70,12 +90,12 @@ local function shape_text(shape) return "[" .. table.concat(shape, ", ") .. "]" 
 
 -- Collects what a file holds by module: { parts = { path = { spelled, entries } }, replaced = { path = { spelled, entries } } }.
 local function sort_keys(tree, ix, where)
-  local paths, sorted = targets.paths(tree), { parts = {}, replaced = {} }
+  local canonical, sorted = targets.paths(tree), { parts = {}, replaced = {} }
   for i = 0, ix:count() - 1 do
     local entry = ix:entry(i)
     local spelled, field, is_part, kind = parse(entry.name)
     if spelled then
-      local path = paths[spelled]
+      local path = canonical[spelled]
       if not path then
         return nil, ("'%s': '%s' belongs to a module that this %s model has not: is it the adapter's base?"):format(where, entry.name, tree.family.name)
       end
@@ -245,45 +265,28 @@ end
 --   unused } }: modules that the file lacks, what it holds beyond its config, entries of target_modules that name nothing;
 --   string|nil message, string|nil code
 function M.read(model, dir)
-  local config, message, code = config_file.read(dir)
-  if not config then return nil, message, code end
-  for _, name in ipairs(WEIGHTS) do
-    local path = dir .. "/" .. name
-    if is_file(path) then
-      local ix
-      ix, message, code = index.open(path)
-      if not ix then return nil, message, code end
-      local adapter
-      adapter, message, code = read_weights(model, ix, config, path)
-      ix:close()
-      return adapter, message, code
-    end
-  end
-  return nil, ("'%s' has no %s"):format(dir, table.concat(WEIGHTS, " and no ")), "WANE_E_NOTFOUND"
+  local config, ix, code = open(dir)
+  if not config then return nil, ix, code end
+  local adapter, message
+  adapter, message, code = read_weights(model, ix, config, ix.path)
+  ix:close()
+  return adapter, message, code
 end
 
 --- What a folder's files say of its adapter, without its base model.
 -- @param dir string
 -- @return table|nil { config, tensors = { { name, dtype, shape, bytes } … }, parameters, bytes, file }, string|nil message, string|nil code
 function M.describe(dir)
-  local config, message, code = config_file.read(dir)
-  if not config then return nil, message, code end
-  for _, name in ipairs(WEIGHTS) do
-    if is_file(dir .. "/" .. name) then
-      local ix
-      ix, message, code = index.open(dir .. "/" .. name)
-      if not ix then return nil, message, code end
-      local out = { config = config, tensors = {}, parameters = 0, bytes = 0, file = name }
-      for i = 0, ix:count() - 1 do
-        local e = ix:entry(i)
-        out.tensors[#out.tensors + 1] = { name = e.name, dtype = e.dtype or e.file_dtype, shape = e.shape, bytes = e.bytes }
-        out.parameters, out.bytes = out.parameters + require("wane.lora.count").numel(e.shape), out.bytes + e.bytes
-      end
-      ix:close()
-      return out
-    end
+  local config, ix, code = open(dir)
+  if not config then return nil, ix, code end
+  local out = { config = config, tensors = {}, parameters = 0, bytes = 0, file = ix.path:match "[^/]*$" }
+  for i = 0, ix:count() - 1 do
+    local e = ix:entry(i)
+    out.tensors[#out.tensors + 1] = { name = e.name, dtype = e.dtype or e.file_dtype, shape = e.shape, bytes = e.bytes }
+    out.parameters, out.bytes = out.parameters + count.numel(e.shape), out.bytes + e.bytes
   end
-  return nil, ("'%s' has no %s"):format(dir, table.concat(WEIGHTS, " and no ")), "WANE_E_NOTFOUND"
+  ix:close()
+  return out
 end
 
 -- ---------------------------------------------------------------- writing
