@@ -12,7 +12,8 @@
 --
 -- `try` returns true, or nil, message, code as every function does that meets the outside world. The run fails (as a busted assertion)
 -- at the first input that raises, whose message does not name the file, that has no code, or that takes longer or more memory than allowed;
--- the failure tells the round, from which `mutate.input` makes the same bytes again.
+-- the failure tells the round, from which `mutate.input` makes the same bytes again. WANE_FUZZ_ROUNDS and WANE_FUZZ_SEED make a longer run, or
+-- another one, of every such test.
 local bit = require "bit"
 local core = require "wane.core"
 
@@ -78,7 +79,7 @@ end
 function M.input(options, round)
   local sources = options.sources
   local which = (round - 1) % #sources + 1
-  local random = M.random((options.seed or 20240607) + round * 7919)
+  local random = M.random((tonumber(os.getenv "WANE_FUZZ_SEED") or options.seed or 20240607) + round * 7919)
   for _ = 1, 3 do random(2) end                         -- neighbouring seeds begin alike
   return M.damage(sources[which], random, options.words, options.spans and options.spans[which])
 end
@@ -131,7 +132,7 @@ end
 --   seconds = 1 longest allowed, bytes = 64 MiB most memory allowed on top of what the process had, accepted = 1, refused = 1: least of each }
 -- @return integer accepted, integer refused
 function M.run(options)
-  local rounds, sanitized = options.rounds or 10000, os.getenv "WANE_SANITIZER"
+  local rounds, sanitized = tonumber(os.getenv "WANE_FUZZ_ROUNDS") or options.rounds or 10000, os.getenv "WANE_SANITIZER"
   local accepted, refused, longest = 0, 0, 0
   collectgarbage()
   forget_peak()
