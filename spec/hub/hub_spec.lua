@@ -7,6 +7,7 @@ local wane = require "wane"
 
 ffi.cdef "int setenv(const char *, const char *, int); int unsetenv(const char *); int kill(int, int);"
 
+local program = os.getenv "WANE_BIN" or "bin/wane"
 local COMMIT = ("0123456789abcdef"):rep(2) .. "01234567"
 local source = "spec/fixtures/models/llama"
 local served, cache, log, pid, pipe          -- the pipe is held: collecting it would wait for the server
@@ -220,12 +221,12 @@ describe("pull", function()
 
   it("is a command", function()
     local out = files.folder() .. "/out"
-    assert.equal(0, os.execute(("bin/wane pull test/plain --include 'conf*' --json >%s 2>&1"):format(out)))
+    assert.equal(0, os.execute(("%s pull test/plain --include 'conf*' --json >%s 2>&1"):format(program, out)))
     local result = cjson.decode(files.read(out))
     assert.equal(1, result.files)
     assert.is_true(same(result.path, "config.json"))
-    assert.equal(256, os.execute(("bin/wane pull test/gone >%s 2>&1"):format(out)))
+    assert.equal(256, os.execute(("%s pull test/gone >%s 2>&1"):format(program, out)))
     assert.is_truthy(files.read(out):find "does not exist")
-    assert.equal(512, os.execute(("bin/wane pull ../x >%s 2>&1"):format(out)))
+    assert.equal(512, os.execute(("%s pull ../x >%s 2>&1"):format(program, out)))
   end)
 end)

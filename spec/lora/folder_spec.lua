@@ -77,7 +77,7 @@ describe("a folder that holds an adapter alone", function()
     put("someone/tiny-llama", root .. "base/llama")
     put("someone/tiny-adapter", copy("llama_all", set("base_model_name_or_path", '"someone/tiny-llama"')))
     local code = 'local m = assert(require("wane").load("someone/tiny-adapter", { tokenizer = false })) io.write(m.lora.order[1], " ", m.path)'
-    local pipe = io.popen(("HF_HUB_CACHE=%s LUA_PATH='./lua/?.lua;./lua/?/init.lua;;' luajit -e '%s' 2>&1"):format(cache, code))
+    local pipe = io.popen(("HF_HUB_CACHE=%s LUA_PATH='./lua/?.lua;./lua/?/init.lua;;' ${WANE_TEST_LUA:-luajit} -e '%s' 2>&1"):format(cache, code))
     local text = pipe:read "*a"
     pipe:close()
     assert.equal("default " .. cache .. "/models--someone--tiny-llama/snapshots/abc", text)

@@ -45,7 +45,7 @@ describe("memory that runs out", function()
       end
       collectgarbage() collectgarbage()
       local _, now = allocations()
-      assert.equal(tensors, now, ("allocation %d left tensors behind"):format(n))
+      assert.is_true(now <= tensors, ("allocation %d left tensors behind: %d, before %d"):format(n, now, tensors))
     until used < n
     print(("  a load and 5 tokens make %d allocations: %d of them failed with an error, %d were survived"):format(n - 1, failed, survived - 1))
     assert.is_true(failed > 20)
@@ -82,7 +82,7 @@ describe("cancel", function()
     end
     collectgarbage() collectgarbage()
     local _, after = allocations()
-    assert.equal(before, after)
+    assert.is_true(after <= before)                     -- the collector may take what an earlier spec left
   end)
 end)
 

@@ -279,8 +279,8 @@ describe("an encoder-decoder", function()
     local pieces = {}
     for piece in model:stream(tok, prompt, { max_new_tokens = 6, ignore_eos = true }) do pieces[#pieces + 1] = tonumber(piece) end
     assert.same(want, pieces)
-    local pipe = io.popen(("bin/wane generate --model %sflan_t5 --compute f32 --prompt-ids %s --max-new-tokens 6 --ignore-eos 2>&1"):format(
-      golden.root, table.concat(prompt, ",")))
+    local pipe = io.popen(("%s generate --model %sflan_t5 --compute f32 --prompt-ids %s --max-new-tokens 6 --ignore-eos 2>&1"):format(
+      os.getenv "WANE_BIN" or "bin/wane", golden.root, table.concat(prompt, ",")))
     local text = pipe:read "*a"
     pipe:close()
     assert.equal(table.concat(want, ","), text:match "^[%d,]+")

@@ -2,6 +2,8 @@
 local cjson = require "cjson"
 local wane = require "wane"
 
+local program = os.getenv "WANE_BIN" or "bin/wane"
+
 local function read_json(path)
   local f = assert(io.open(path))
   local text = f:read "*a"
@@ -63,16 +65,16 @@ describe("plan", function()
   end)
 
   it("is a command", function()
-    local pipe = io.popen "bin/wane inspect --plan spec/fixtures/plan/gpt-neox-20b.json --quant nf4 --max-memory 16GB --context 512 --json"
+    local pipe = io.popen(program .. " inspect --plan spec/fixtures/plan/gpt-neox-20b.json --quant nf4 --max-memory 16GB --context 512 --json")
     local out = cjson.decode(pipe:read "*a")
     pipe:close()
     assert.equal(10597552128, out.plans[1].all)
     assert.is_true(out.plans[1].fits.load and out.plans[1].fits.generate)
     assert.equal(44 * 2 * 512 * 6144 * 2, out.plans[1].cache_bytes)
-    pipe = io.popen "bin/wane inspect --plan spec/fixtures/models/llama --max-memory 1MB"
+    pipe = io.popen(program .. " inspect --plan spec/fixtures/models/llama --max-memory 1MB")
     local text = pipe:read "*a"
     pipe:close()
     assert.matches("nf4, double .*too much", text)
-    assert.equal(512, os.execute "bin/wane inspect spec/fixtures/models/llama --quant nf4 2>/dev/null")
+    assert.equal(512, os.execute(program .. " inspect spec/fixtures/models/llama --quant nf4 2>/dev/null"))
   end)
 end)

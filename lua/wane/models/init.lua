@@ -2,6 +2,7 @@
 -- `wane.models.register(family or path)` adds one from outside the tree; docs/adding-a-family.md walks through it.
 -- @module wane.models
 local core = require "wane.core"
+local check = require "wane.models.check"
 
 local M = {}
 
@@ -40,13 +41,14 @@ end
 -- @param config table
 -- @return table|nil family, string|nil message, string|nil code
 function M.find(config)
-  for _, architecture in ipairs(config.architectures or {}) do
+  local architectures = type(config.architectures) == "table" and config.architectures or { config.architectures }
+  for _, architecture in ipairs(architectures) do
     if by_architecture[architecture] then return by_architecture[architecture] end
   end
   if config.model_type and families[config.model_type] then return families[config.model_type] end
   return nil, ("no family for architecture '%s' (model_type '%s'); there are: %s. " ..
     "To add one: wane.models.register(\"family.lua\"), see docs/adding-a-family.md"):format(
-    tostring((config.architectures or {})[1]), tostring(config.model_type), table.concat(M.list(), ", ")), "WANE_E_UNSUPPORTED"
+    tostring(architectures[1]), tostring(config.model_type), table.concat(M.list(), ", ")), "WANE_E_UNSUPPORTED"
 end
 
 --- Builds the module tree of a config, without values. The config is copied; what it leaves unsaid is filled in.
@@ -62,16 +64,24 @@ function M.build(config)
     if c[theirs] ~= nil then c[ours] = c[theirs] end
   end
   for k, v in pairs(family.sizes or {}) do if c[k] == nil then c[k] = v end end
+  message = check.values(c)
+  if message then return nil, message, "WANE_E_FORMAT" end
   for _, key in ipairs { "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads" } do
     if family.required ~= false and type(c[key]) ~= "number" then
       return nil, ("config: '%s' is missing or no number (family %s)"):format(key, family.name), "WANE_E_FORMAT"
     end
   end
-  local ok, tree = pcall(function()
+  local ok, tree, wrong = pcall(function()
     if family.defaults then family.defaults(c) end
+    local reason = check.relations(c)
+    if reason then return nil, reason end
     return family.build(c)
   end)
-  if not ok then return nil, ("config: the %s model could not be built from it: %s"):format(family.name, tree), "WANE_E_FORMAT" end
+  if not ok then
+    local reason = tostring(tree):gsub("^[^\n]-%.lua:%d+: ", "")
+    return nil, ("config: the %s model could not be built from it: %s"):format(family.name, reason), "WANE_E_FORMAT"
+  end
+  if not tree then return nil, wrong, "WANE_E_FORMAT" end
   tree.config, tree.family = c, family
   return tree
 end

@@ -121,7 +121,9 @@ Rotary.__index = Rotary
 function M.new(c, options)
   options = options or {}
   local p = M.parameters(c, options.layer_type)
-  return setmetatable({ p = p, dim = options.dim or math.floor(c.head_dim * p.partial), interleaved = options.interleaved or false }, Rotary)
+  local dim = options.dim or math.floor(c.head_dim * p.partial)
+  if dim % 2 ~= 0 then core.raise("rotary embedding turns pairs, and %d of the %d dimensions of a head are no whole number of them", dim, c.head_dim) end
+  return setmetatable({ p = p, dim = dim, interleaved = options.interleaved or false }, Rotary)
 end
 
 -- inv_freq for sequences up to `length`; only two kinds depend on it.
