@@ -46,6 +46,17 @@ describe("a config", function()
     refused("llama", { architectures = 5, model_type = cjson.null }, "no family for architecture '5'")
   end)
 
+  it("with learned positions is told when a sequence outgrows them", function()
+    local model = assert(require("wane").load("spec/fixtures/models/gpt2", { tokenizer = false }))
+    local most = model.config.max_position_embeddings
+    local prompt = {}
+    for i = 1, most - 2 do prompt[i] = i % 50 end
+    local ok, message = pcall(model.generate, model, { prompt }, { max_new_tokens = 8, ignore_eos = true })
+    assert.is_false(ok)
+    assert.matches(("learned positions for %d"):format(most), message, 1, true)
+    model:close()
+  end)
+
   it("of any kind of damage is built or refused, 10,000 times", function()
     local sources = {}
     for _, name in ipairs { "llama3", "gpt_neox", "bloom", "gpt2", "opt_350", "t5", "mixtral", "qwen3_moe", "gemma3", "falcon", "phi3" } do

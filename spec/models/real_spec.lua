@@ -5,11 +5,8 @@
 -- way. wane follows the kernels, so ids and scores under nf4, fp4 and int8 are compared with figures that do too (real_exact.py); the
 -- perplexities are also compared with the CPU code's.
 local cjson = require "cjson"
-local ffi = require "ffi"
-local core = require "wane.core"
 local F = require "wane.nn.functional"
 local wane = require "wane"
-local C = core.C
 
 local function model_path()
   local given = os.getenv "WANE_DEMO_MODEL"

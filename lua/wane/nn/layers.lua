@@ -58,7 +58,12 @@ function PositionEmbedding.new(count, width, offset)
     params = { { name = "weight", shape = { count + offset, width } } } })
 end
 --- Rows for the positions of a pass: [B, T, width], or [1, T, width] where all rows agree.
-function PositionEmbedding:forward(pass) return F.embedding(self.weight, pass:position_ids(self.offset), pass.dtype) end
+function PositionEmbedding:forward(pass)
+  if not pass.positions and pass.start + pass.time > self.count then
+    core.raise("the sequence reaches %d tokens; the model has learned positions for %d (max_position_embeddings)", pass.start + pass.time, self.count)
+  end
+  return F.embedding(self.weight, pass:position_ids(self.offset), pass.dtype)
+end
 function PositionEmbedding:describe() return ("PositionEmbedding(%d, %d)"):format(self.count, self.width) end
 
 ---@class wane.RMSNorm : wane.Module
