@@ -40,6 +40,9 @@ end
 local function remarks(args, result, report)
   if result.resumed > 0 then cli.note("%d of %d shards were finished by an earlier run and kept", result.resumed, result.shards) end
   for _, pattern in ipairs(result.unused) do cli.note("the rule '%s' matches no layer (wane inspect lists them)", pattern) end
+  if result.left_out > 0 then
+    cli.note("the text part alone is written, as a text model; %d tensors of the other parts (vision) are left out", result.left_out)
+  end
   if result.upstream then cli.note("transformers cannot load this folder: %s; wane can", result.upstream) end
   if result.tokenizer_error then cli.note("no tokenizer was written: %s", result.tokenizer_error) end
   if report.out_bytes > report.in_bytes and not args.dtype then

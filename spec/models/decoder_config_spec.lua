@@ -202,6 +202,33 @@ describe("Gemma", function()
     end
   end)
 
+  it("3 out of a multimodal file is written as the text model that it is", function()
+    local inner = config("gemma3", { architectures = { "Other" }, torch_dtype = "none", eos_token_id = "none", tie_word_embeddings = "none" })
+    local outer = { architectures = { "Gemma3ForConditionalGeneration" }, model_type = "gemma3", text_config = inner, vision_config = { hidden_size = 7 },
+                    torch_dtype = "float32", eos_token_id = { 1, 106 }, tie_word_embeddings = true, mm_tokens_per_image = 4 }
+    local dir = folder("gemma3", outer, function(name) return "language_model.model." .. name:gsub("^model%.", "") end,
+      function(tensors) return { ["vision_tower.embeddings.weight"] = tensors["language_model.model.norm.weight"] } end)
+    local model, ids = load(dir), ids_of "gemma3"
+    local want, n = logits(model, ids)
+    assert(model:save(dir .. "/saved"))
+    local ckpt = assert(wane.checkpoint.open(dir))
+    local result = assert(wane.checkpoint.write_quantized(dir .. "/nf4", { checkpoint = ckpt, scheme = { type = "nf4" } }))
+    ckpt:close()
+    assert.equal(1, result.left_out)
+    for _, name in ipairs { "saved", "nf4" } do
+      local c = assert(json.read(dir .. "/" .. name .. "/config.json"))
+      assert.same({ { "Gemma3ForCausalLM" }, "gemma3_text", "float32", { 1, 106 }, true, inner.hidden_size },
+        { c.architectures, c.model_type, c.torch_dtype, c.eos_token_id, c.tie_word_embeddings, c.hidden_size }, name)
+      assert.same({}, { c.text_config, c.vision_config, c.mm_tokens_per_image })
+      assert.equal(name == "nf4", c.quantization_config ~= nil)
+      local written = load(dir .. "/" .. name)
+      assert.same({ missing = {}, unexpected = {} }, written.report, name)
+      if name == "saved" then assert.is_true(same(want, logits(written, ids), n)) end
+      written:close()
+    end
+    model:close()
+  end)
+
   it("3 may leave its usual sizes unsaid", function()
     local tree = assert(wane.models.build { architectures = { "Gemma3ForConditionalGeneration" }, text_config = {
       hidden_size = 64, num_hidden_layers = 7, intermediate_size = 32, rope_scaling = { factor = 8, rope_type = "linear" } } })

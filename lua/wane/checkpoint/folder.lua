@@ -152,6 +152,41 @@ local function without_quantization(text)
   return (before:gsub(",%s*$", "", 1)) .. behind
 end
 
+-- Keys beside a multimodal config's text_config that are the text model's too; of those in a row one is enough.
+local shared = { { "torch_dtype", "dtype" }, { "bos_token_id" }, { "eos_token_id" }, { "pad_token_id" }, { "tie_word_embeddings" },
+                 { "transformers_version" } }
+
+--- The config under which the text part of a multimodal model is a model of its own: its text_config, with what it shares with the
+-- parts that stay behind. Numbers keep their spelling. Any other config comes back as it is.
+-- @param config table
+-- @param text string|nil its config.json
+-- @return table config, string|nil text, boolean is it a part?
+function M.text_part(config, text)
+  local architecture, model_type = require("wane.models").text_part(config)
+  if not architecture then return config, text, false end
+  local inner = config.text_config
+  local own = text and text:match '"text_config"%s*:%s*(%b{})'
+  if not own or not json.decode(own) then own = json.encode(inner) end
+  for _, key in ipairs { "model_type", "architectures" } do            -- null, "…" or [ … ]
+    own = own:gsub('%s*"' .. key .. '"%s*:%s*%b[]%s*,?', "", 1):gsub('%s*"' .. key .. '"%s*:%s*[%w_"]+%s*,?', "", 1)
+  end
+  local fields = { '"architectures": ' .. json.encode({ architecture }, "  "), '"model_type": ' .. json.string(model_type) }
+  for _, keys in ipairs(shared) do
+    local said = false
+    for _, key in ipairs(keys) do said = said or inner[key] ~= nil end
+    for _, key in ipairs(said and {} or keys) do
+      if config[key] ~= nil then
+        own = own:gsub('%s*"' .. key .. '"%s*:%s*null%s*,?', "", 1)
+        fields[#fields + 1] = json.string(key) .. ": " .. json.encode(config[key], "  ")
+      end
+    end
+  end
+  local rest = own:match "^{%s*(.-)%s*}$":gsub(",$", ""):gsub("\n    ", "\n  ")
+  if rest ~= "" then fields[#fields + 1] = rest end
+  own = "{\n  " .. table.concat(fields, ",\n  ") .. "\n}\n"
+  return json.decode(own), own, true
+end
+
 --- config.json of a folder: the source's own text with its dtype and quantization_config replaced, so that nothing else in it changes;
 -- without such a text it is written anew.
 -- @param config table|nil used where there is no text

@@ -180,9 +180,24 @@ local function item_of(ckpt, name, entry, scheme, opts)
   return item
 end
 
-local function list_items(ckpt, opts, scheme_for)
-  local items = {}
+-- Names of the tensors to write, and the number of those that are left out: what a multimodal model has beside its text part.
+local function names_to_write(ckpt, is_part)
+  if not is_part then return ckpt:names(), 0 end
+  local tree, message, code = require("wane.models").build(ckpt.config)
+  if not tree then return nil, message, code end
+  local own, list, left_out = {}, {}, 0
+  for path, module in tree:modules() do
+    for _, p in ipairs(module:own_parameters()) do own[path .. "." .. p.name] = true end
+  end
   for _, name in ipairs(ckpt:names()) do
+    if own[name] then list[#list + 1] = name else left_out = left_out + 1 end
+  end
+  return list, left_out
+end
+
+local function list_items(ckpt, list, opts, scheme_for)
+  local items = {}
+  for _, name in ipairs(list) do
     local entry = ckpt:find(name)
     if entry.invalid then return nil, ("'%s': %s"):format(ckpt.path, entry.invalid), "WANE_E_FORMAT" end
     if entry.quant then
@@ -232,7 +247,7 @@ end
 --   max_shard_bytes = 5e9, io, progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry) for
 --   each quantized one, cancelled }
 -- @return table|nil { bytes = of the input, tensors, shards, resumed = shards kept of a killed run, upstream = nil | why transformers cannot
---   load the folder, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written },
+--   load the folder, left_out = tensors of a multimodal model beside its text part, which are not written, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written },
 --   string|nil message, string|nil code
 function M.write(dir, opts)
   local ckpt = opts.checkpoint
@@ -248,7 +263,10 @@ function M.write(dir, opts)
     if not scheme_for then return nil, linears, in_force end
     skip = M.skip_list(linears, in_force)
   end
-  local items, message, code = list_items(ckpt, opts, scheme_for)
+  local config, config_text, is_part = folder.text_part(ckpt.config, ckpt.config_text)
+  local written, left_out, failure = names_to_write(ckpt, is_part)
+  if not written then return nil, left_out, failure end
+  local items, message, code = list_items(ckpt, written, opts, scheme_for)
   if not items then return nil, message, code end
   local target = paths.real(dir)
   if target and target == paths.real(ckpt.folder or ckpt.path) then
@@ -260,11 +278,12 @@ function M.write(dir, opts)
   local result
   result, message, code = folder.write(dir, {
     what = "wane quantize", source = fingerprint(ckpt), items = items, max_shard_bytes = opts.max_shard_bytes, progress = opts.progress,
-    config = folder.config_text(ckpt.config, ckpt.config_text, opts.dtype, addition),
+    config = folder.config_text(config, config_text, opts.dtype, addition),
     companions = { folder = ckpt.folder, generation_config = ckpt.generation_config, gguf = ckpt.format == "gguf" and ckpt.index or nil },
     kept = opts.on_tensor and function(path, list) show_kept(ckpt, path, list) end,
   })
   if not result then return nil, message, code end
+  result.left_out = left_out
   result.upstream, result.unused = reason, rules.unused(scheme.rules, linears or {})
   return result
 end

@@ -101,6 +101,7 @@ local function config_of(model)
     out = {}
     for k, v in pairs(model.config) do out[k] = plain(v) end
   end
+  out, text = folder.text_part(out, text)
   if not is_parted(model) then return out, text end
   if not text then
     out.tie_word_embeddings = false

@@ -10,6 +10,7 @@ return decoder.family {
   architectures = { "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration" },
   -- Where the multimodal files keep the text model: since transformers 4.52, and before.
   nested = { { "model.", "model.language_model." }, { "model.", "language_model.model." }, { "lm_head.", "language_model.lm_head." } },
+  text_architecture = "Gemma3ForCausalLM",
   -- Sizes that a text_config leaves out when they are these.
   sizes = { vocab_size = 262208, hidden_size = 2304, num_hidden_layers = 26, num_attention_heads = 8 },
 

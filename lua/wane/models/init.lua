@@ -51,6 +51,14 @@ function M.find(config)
     tostring(architectures[1]), tostring(config.model_type), table.concat(M.list(), ", ")), "WANE_E_UNSUPPORTED"
 end
 
+--- The architecture under which a multimodal config's text part is a model of its own; nil for configs that are no such thing.
+-- @param config table
+-- @return string|nil architecture, string|nil model_type
+function M.text_part(config)
+  local family = type(config.text_config) == "table" and M.find(config)
+  if family and family.text_architecture then return family.text_architecture, family.name end
+end
+
 --- Builds the module tree of a config, without values. The config is copied; what it leaves unsaid is filled in.
 -- @param config table
 -- @return wane.Module|nil tree, string|nil message, string|nil code
