@@ -37,15 +37,17 @@ local function weight_bytes(wane, folder)
 end
 
 -- What the user should know about the folder besides its size.
-local function remarks(args, result, report)
+local function remarks(args, result, report, format)
   if result.resumed > 0 then cli.note("%d of %d shards were finished by an earlier run and kept", result.resumed, result.shards) end
   for _, pattern in ipairs(result.unused) do cli.note("the rule '%s' matches no layer (wane inspect lists them)", pattern) end
+  for _, entry in ipairs(result.unused_skip) do cli.note("--skip %s matches no layer (wane inspect lists them)", entry) end
+  if result.quantized == 0 then cli.note "nothing is quantized: the rules or the skip list leave out every layer" end
   if result.left_out > 0 then
     cli.note("the text part alone is written, as a text model; %d tensors of the other parts (vision) are left out", result.left_out)
   end
   if result.upstream then cli.note("transformers cannot load this folder: %s; wane can", result.upstream) end
   if result.tokenizer_error then cli.note("no tokenizer was written: %s", result.tokenizer_error) end
-  if report.out_bytes > report.in_bytes and not args.dtype then
+  if format == "gguf" and report.out_bytes > report.in_bytes and not args.dtype then
     cli.note("the copy is larger: GGUF blocks that stay unquantized are written as their exact float32 values; --dtype bf16 halves them")
   end
 end
@@ -54,6 +56,7 @@ cli.run(parser, function(args)
   if not args.model then cli.usage "--model is missing: a folder or a .gguf file" end
   if not args.out then cli.usage "--out is missing: the folder to write" end
   if #args.lora > 0 then cli.usage "--lora: an adapter stays a folder of its own beside the quantized model (wane.lora.merge merges one into weights)" end
+  if args.max_shard_size and args.max_shard_size < 1 then cli.usage "--max-shard-size: a size above 0 was expected" end
   local options = cli.load_options(args)
   if not options.quant then cli.usage "--quant is missing: nf4, fp4, int8 or int8-blockwise (or --rules FILE)" end
   local wane = require "wane"
@@ -70,7 +73,7 @@ cli.run(parser, function(args)
   table.sort(layers, function(a, b) return a.name < b.name end)
   local report = { in_bytes = result.bytes, out_bytes = weight_bytes(wane, args.out), seconds = clock() - started,
     peak_rss_bytes = wane.memory().rss_peak, shards = result.shards, resumed = result.resumed, layers = args.report and layers or nil }
-  remarks(args, result, report)
+  remarks(args, result, report, ckpt.format)
   if args.json then return cli.json(report) end
   if args.report then print_layers(layers) end
   print(("%s -> %s (%s): %s -> %s in %s, peak memory %s"):format(args.model, args.out, args.quant or "rules", cli.bytes(report.in_bytes),

@@ -47,6 +47,21 @@ function M.skip_list(scheme, family)
   return require("wane.checkpoint.names").skip_list(family.name, scheme.skip) or { family.head, unpack(family.keep or {}) }
 end
 
+--- What a caller's skip list and rules say of no layer: most likely mistakes in writing.
+-- @param scheme table|nil of M.scheme
+-- @param family table
+-- @param linears table { path = anything }
+-- @return string[] entries of the skip list, string[] patterns of rules
+function M.unused(scheme, family, linears)
+  local list, names = {}, require "wane.checkpoint.names"
+  for _, entry in ipairs(scheme and scheme.skip or {}) do
+    local hit, spellings = false, names.skip_list(family.name, { entry })
+    for path in pairs(linears) do hit = hit or M.skipped(path, spellings) end
+    if not hit then list[#list + 1] = entry end
+  end
+  return list, rules.unused(scheme and scheme.rules, linears)
+end
+
 -- ---------------------------------------------------------------- one request a parameter
 
 --- How the weight of the Linear at `path` is to be held: what the first rule that matches says, else the scheme unless the path is on
@@ -171,6 +186,15 @@ local function report_of(tree, ckpt, missing, warnings)
   return report
 end
 
+-- Warnings about a scheme that names layers which the model does not have.
+local function warn_of_unused(scheme, tree, warnings)
+  local linears = {}
+  for path, module in tree:modules() do if module.in_features then linears[path] = true end end
+  local skip, patterns = M.unused(scheme, tree.family, linears)
+  for _, entry in ipairs(skip) do warnings[#warnings + 1] = ("quant.skip: '%s' matches no layer"):format(entry) end
+  for _, pattern in ipairs(patterns) do warnings[#warnings + 1] = ("quant.rules: '%s' matches no layer"):format(pattern) end
+end
+
 -- ---------------------------------------------------------------- load
 
 local known = { quant = true, compute = true, progress = true, io = true, tokenizer = true, cancelled = true, started = true, device_map = true,
@@ -197,6 +221,7 @@ local function read(path, scheme, opts, ckpt)
   })
   if not tensors then return nil, message, code end
   local warnings = {}
+  warn_of_unused(scheme, tree, warnings)
   for i, r in ipairs(requests) do
     r.module[r.field] = tensors[i]
     if r.split then

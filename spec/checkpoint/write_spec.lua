@@ -177,6 +177,13 @@ describe("folders that are written", function()
       assert.same({ "*.down" }, result.unused)                 -- the last one matches, though the one before it decides
     end)
 
+    it("and skip lists that match no layer are told by a load too", function()
+      local model = assert(wane.load(models .. "llama3", { tokenizer = false,
+        quant = { type = "nf4", skip = { "lm_head", "no_such" }, rules = { { "*.down", "int8" }, { "*.up_proj", "fp4" } } } }))
+      assert.same({ "quant.skip: 'no_such' matches no layer", "quant.rules: '*.down' matches no layer" }, model.warnings)
+      model:close()
+    end)
+
     it("that mix int8 and 4-bit make a folder that transformers refuses and wane reads", function()
       local result = assert(checkpoint.write_quantized(folder, { checkpoint = assert(checkpoint.open(models .. "llama3")),
         scheme = { type = "nf4", rules = { { "*.mlp.*", { type = "int8", threshold = 4 } } } } }))

@@ -12,7 +12,6 @@ local loader = require "wane.loader"
 local names = require "wane.checkpoint.names"
 local paths = require "wane.checkpoint.paths"
 local quantized = require "wane.checkpoint.quantized"
-local rules = require "wane.quant.rules"
 local Tensor = require "wane.tensor"
 
 local M = {}
@@ -247,8 +246,9 @@ end
 --   max_shard_bytes = 5e9, io, progress = function(bytes_done, bytes_total, tensors_done), on_tensor = function(name, tensor, entry) for
 --   each quantized one, cancelled }
 -- @return table|nil { bytes = of the input, tensors, shards, resumed = shards kept of a killed run, upstream = nil | why transformers cannot
---   load the folder, left_out = tensors of a multimodal model beside its text part, which are not written, unused = patterns of rules that match no layer, tokenizer_error = nil | why a GGUF's tokenizer could not be written },
---   string|nil message, string|nil code
+--   load the folder, left_out = tensors of a multimodal model beside its text part, which are not written, quantized = number of
+--   weights that were, unused = patterns of rules that match no layer, unused_skip = entries of the skip list that match none,
+--   tokenizer_error = nil | why a GGUF's tokenizer could not be written }, string|nil message, string|nil code
 function M.write(dir, opts)
   local ckpt = opts.checkpoint
   local scheme = require("wane.load").scheme(opts.scheme or core.raise "write_quantized: a scheme is needed")
@@ -284,7 +284,11 @@ function M.write(dir, opts)
   })
   if not result then return nil, message, code end
   result.left_out = left_out
-  result.upstream, result.unused = reason, rules.unused(scheme.rules, linears or {})
+  result.upstream, result.quantized = reason, #schemes
+  result.unused, result.unused_skip = {}, {}
+  if linears then
+    result.unused_skip, result.unused = require("wane.load").unused(scheme, require("wane.models").find(ckpt.config), linears)
+  end
   return result
 end
 
