@@ -382,6 +382,14 @@ describe("folders that are written", function()
       end)
     end
 
+    it("are told apart from folders without a model even where the plan was not down yet", function()
+      assert(core.C.wane_path_make(folder .. "/.unfinished") >= 0)
+      local c, message, code = checkpoint.open(folder)
+      assert.is_nil(c)
+      assert.equal("WANE_E_FORMAT", code)
+      assert.matches("is the unfinished result of a writer: run it again to resume", message)
+    end)
+
     it("leave the old folder as it was", function()
       local out = folder .. "/out"
       assert.equal("0", select(2, run(("%s quantize --model %sllama3 --quant int8 --out %s"):format(program, models, out))))

@@ -36,9 +36,9 @@ end
 -- @param dir string
 -- @return string|nil
 function M.complaint(dir)
-  local plan = read(dir .. FOLDER .. "/plan.json")
-  if not plan then return nil end
-  local what = plan:match '"what": "([^"]*)"' or "a writer"
+  if not paths.is_folder(dir .. FOLDER) then return nil end
+  local plan = read(dir .. FOLDER .. "/plan.json")     -- nil: killed before it was down
+  local what = plan and plan:match '"what": "([^"]*)"' or "a writer"
   return ("'%s' is the unfinished result of %s: run it again to resume"):format(dir, what)
 end
 
