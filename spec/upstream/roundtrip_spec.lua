@@ -19,12 +19,12 @@ local function python()
   return paths.is_file ".cache/upstream-venv/ready" and ".cache/upstream-venv/bin/python" or nil
 end
 
--- Models of the fixtures whose family wane has: { name, config, ids, decoder_ids }.
+-- Models of the fixtures whose family wane has and whose logits are known (other layouts of the same weights have none): { name, config, ids, decoder_ids }.
 local function fixtures()
   local list = {}
   for _, name in ipairs(paths.list(models)) do
     local path = models .. name
-    if paths.is_file(path .. "/model.safetensors") then
+    if paths.is_file(path .. "/model.safetensors") and paths.is_file(path .. "/expected.safetensors") then
       local config = cjson.decode(files.read(path .. "/config.json"))
       local expected = safetensors.read(path .. "/expected.safetensors")
       if require("wane.models").find(config) then
