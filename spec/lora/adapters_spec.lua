@@ -174,7 +174,7 @@ describe("several adapters", function()
     collectgarbage()
     collectgarbage()
     core.check(core.wait())
-    assert.equal(before, wane.memory().tensors)
+    assert.is_true(wane.memory().tensors <= before)     -- the collector may take what an earlier test left
   end)
 end)
 
