@@ -141,7 +141,7 @@ end
 local function pause(seconds, o)
   local stop = C.wane_clock() + seconds
   while C.wane_clock() < stop and not (o.cancelled and o.cancelled()) do
-    if o.idle then o.idle(0.1) else require("wane.hub.http").sleep(0.1) end
+    require("wane.hub.http").sleep(0.1)
   end
 end
 
@@ -289,7 +289,8 @@ end
 local function link(name, commit, f)
   local path = ("%s/snapshots/%s/%s"):format(folder_of(name), commit, f.path)
   local _, depth = f.path:gsub("/", "")
-  if C.wane_path_make(path:match "^(.*)/") < 0 then return core.failure(-1) end
+  local status = C.wane_path_make(path:match "^(.*)/")
+  if status < 0 then return core.failure(status) end
   os.remove(path)
   local target = ("../"):rep(depth + 2) .. "blobs/" .. f.etag
   if ffi.C.wane_libc_symlink(target, path) ~= 0 then return nil, ("cannot make the link '%s'"):format(path), "WANE_E_IO" end
@@ -299,11 +300,12 @@ end
 -- ---------------------------------------------------------------- pull
 
 --- Fetches a model into the cache. What is there already is not fetched again; what was broken off goes on where it stopped; every file's
--- size and checksum are verified before it counts. Blocks the calling thread (100 ms at a time where `cancelled` or `progress` is given).
+-- size and checksum are verified before it counts. Blocks the calling thread: it is a command's, not
+-- a host's; `cancelled` is asked ten times a second.
 -- @param text string org/name or org/name@revision (main)
 -- @param o table|nil { include = shell patterns of files, progress = function(path, bytes, of_bytes), file = function(path, i, count, bytes),
 --   retrying = function(message, attempt, attempts), cancelled = function() -> boolean, patience = seconds before the second try (1; doubled
---   each time), silence = seconds without a byte that end a connection (60), idle = function(seconds) called instead of sleeping }
+--   each time), silence = seconds without a byte that end a connection (60) }
 -- @return string|nil folder of the snapshot, string|nil message, string|nil code
 function M.pull(text, o)
   o = o or {}
