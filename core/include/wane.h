@@ -258,6 +258,25 @@ WANE_API int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, c
 /* Gradient of the input of wane_linear: dx[..., k] = sum_n dy[..., n] W[n, k] with the dequantized weight. */
 WANE_API int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute);
 
+/* ---- low-rank adapters in training: y += scale * (drop(x) A^T) B^T and its gradients, each a pass over what is large. x, y, dx, dy: f32, f16 or
+ * bf16 [..., K] or [..., N], M rows in all; A [r, K], B [N, r], u, du [M, r]: f32, 1 <= r <= 256; f32 sums. drop(x): element i of x, counted from
+ * 0 over the whole tensor, is 0 where the uniform f32 number of element i of wane_random(seed, offset) is below p, else x[i] / (1 - p); 0 <= p < 1,
+ * p = 0 draws nothing. The backward of a product takes the p, seed and offset of its forward. In-place arguments must be contiguous.
+ * Source: Hu et al. 2021 (LoRA); peft lora/layer.py. ---- */
+/* u[m][j] = scale * sum_k drop(x)[m][k] A[j][k]. */
+WANE_API int wane_lora_down(wane_stream *s, wane_handle *u, const wane_handle *x, const wane_handle *A, double scale, double p, uint64_t seed,
+                            uint64_t offset);
+/* y[m][n] += sum_j u[m][j] B[n][j], in place. */
+WANE_API int wane_lora_up(wane_stream *s, const wane_handle *y, const wane_handle *u, const wane_handle *B);
+/* Of both, for u with its scale: du[m][j] = scale * sum_n dy[m][n] B[n][j], the gradient of drop(x) A^T; dB[n][j] = sum_m dy[m][n] u[m][j] (NULL where it
+ * is not wanted). */
+WANE_API int wane_lora_up_backward(wane_stream *s, wane_handle *du, wane_handle *dB, const wane_handle *dy, const wane_handle *u, const wane_handle *B,
+                                   double scale);
+/* dA[j][k] = sum_m du[m][j] drop(x)[m][k]; and dx[m][k] += sum_j du[m][j] A[j][k] where x[m][k] was kept, times 1 / (1 - p), in place (NULL where it is not
+ * wanted). dx has x's shape and dtype. */
+WANE_API int wane_lora_down_backward(wane_stream *s, const wane_handle *dx, wane_handle *dA, const wane_handle *du, const wane_handle *x,
+                                     const wane_handle *A, double p, uint64_t seed, uint64_t offset);
+
 /* ---- mixtures of experts: each row of x times one of several weights. Which one is known on the device only: nothing waits for it. ---- */
 /* Sorts the choices ids [M, k] (i32 or i64, each in [0, experts)) by expert, in the order of rows within one. source i32 [M*k]: sorted row p
  * is row source[p] of x. place i32 [M, k]: the sorted row of choice (m, j). bounds i32 [experts + 1]: expert e has the sorted rows bounds[e] to

@@ -21,4 +21,11 @@ static inline void wane_philox(uint64_t seed, uint64_t counter, uint32_t out[4])
 /* Uniform in [0, 1) with 53 bits out of two words, and with 24 bits out of one. */
 static inline double wane_uniform53(uint32_t hi, uint32_t lo) { return (double)(((uint64_t)hi << 32 | lo) >> 11) * 0x1p-53; }
 static inline float wane_uniform24(uint32_t word) { return (float)(word >> 8) * 0x1p-24f; }
+
+/* Dropout: element i is dropped where its 24 random bits are below this threshold, that is where the uniform number made of them is
+ * below p, 0 <= p < 1. The product is exact, so every kernel drops the same elements. */
+static inline float wane_dropout_threshold(double p) {
+  double bits = p * 0x1p24;
+  return (float)((double)(int32_t)bits < bits ? (int32_t)bits + 1 : (int32_t)bits);
+}
 #endif

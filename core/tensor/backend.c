@@ -1,5 +1,6 @@
 /* backend.c: the op tables of the CPU, one a level: the scalar reference first, then what each instruction set does better. */
 #include "stream.h"
+#include "../linear/lora.h"
 #include "../ops/probe.h"
 #include <pthread.h>
 
@@ -22,6 +23,7 @@ static void generic(wane_backend *b) {
   wane_register_generic_nn(b);
   wane_register_generic_quant(b);
   wane_register_generic_linear(b);
+  wane_register_generic_lora(b);
 }
 
 static void build(void) {

@@ -96,6 +96,7 @@ const char *wane_op_name(int code) {
     case WANE_OP_NLL: return "nll";
     case WANE_OP_PENALTY: return "penalty";
     case WANE_OP_ROUTE: return "route";
+    case WANE_OP_LORA_ROWS: case WANE_OP_LORA_COLUMNS: return "lora";
   }
   if (code >= WANE_OP_QUANTIZE_4BIT && code <= WANE_OP_QUANTIZE_NESTED) return "quantize";
   if (code == WANE_OP_DEQUANTIZE) return "dequantize";

@@ -1,6 +1,7 @@
 /* avx512_registry.c: puts every room's AVX-512 kernels into the op table. A room adds its line here. */
 #include "../linear/linear.h"
 #include "../linear/linear8.h"
+#include "../linear/lora.h"
 #include "../tensor/tensor.h"
 #include "../ops/nn.h"
 #include "../ops/probe.h"
@@ -12,4 +13,5 @@ void wane_register_avx512(wane_backend *b) {
   wane_quant_register_avx512(b);
   wane_linear_register_avx512(b);
   wane_linear8_register_avx512(b);
+  wane_lora_register_avx512(b);
 }

@@ -35,6 +35,9 @@ static inline __attribute__((unused)) __m512i wane_cvtps_epi32(__m512 v) {
 #ifndef _mm512_srai_epi32
 #define _mm512_srai_epi32(v, k) wane_join(_mm256_srai_epi32(WANE_LOW(v), k), _mm256_srai_epi32(WANE_HIGH(v), k))
 #endif
+#ifndef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(v, order) wane_join(_mm256_shuffle_epi32(WANE_LOW(v), order), _mm256_shuffle_epi32(WANE_HIGH(v), order))
+#endif
 #ifndef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32(v) wane_cvtepu16_epi32(v)
 static inline __attribute__((unused)) __m512i wane_cvtepu16_epi32(__m256i v) {

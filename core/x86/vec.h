@@ -1,7 +1,7 @@
 /* vec.h: float vectors of the instruction set in use, so that a hot loop is written once and compiled per file group.
  *
- * A file chooses the width before it includes this: WANE_VEC 512 (avx512_*.c), 256 (avx2_*.c), or nothing: the portable
- * version, four lanes of GCC's vector extension, which any target compiles to what it has. Types: vf (floats), vi (32-bit
+ * A file chooses the width before it includes this: WANE_VEC 512 (avx512_*.c; and WANE_VEC_BF16 in avx512bf16_*.c), 256 (avx2_*.c), or
+ * nothing: the portable version, four lanes of GCC's vector extension, which any target compiles to what it has. Types: vf (floats), vi (32-bit
  * integers), vm (one truth value a lane), VW lanes each. Everything is static inline. No loop here reads or writes past `n`.
  * vf_fma rounds once where the CPU has it and twice in the portable version: levels agree within a tolerance, not bit for bit. */
 #ifndef WANE_VEC_H
@@ -44,6 +44,13 @@ VEC vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 #define vi_sll(a, k) _mm512_slli_epi32(a, k)
 #define vi_srl(a, k) _mm512_srli_epi32(a, k)
 #define vi_sra(a, k) _mm512_srai_epi32(a, k)
+VEC vi vi_set64(uint64_t x) { return _mm512_set1_epi64((long long)x); }
+VEC vi vi_add64(vi a, vi b) { return _mm512_add_epi64(a, b); }
+VEC vi vi_mul64(vi a, vi b) { return _mm512_mul_epu32(a, b); }
+VEC vi vi_down64(vi a) { return _mm512_shuffle_epi32(a, 0xf5); }
+VEC vi vi_up64(vi a) { return _mm512_slli_epi64(a, 32); }
+VEC vi vi_low64(vi a, vi b) { return _mm512_unpacklo_epi64(a, b); }
+VEC vi vi_high64(vi a, vi b) { return _mm512_unpackhi_epi64(a, b); }
 VEC vf vf_bits(vi a) { return _mm512_castsi512_ps(a); }
 VEC vi vi_bits(vf a) { return _mm512_castps_si512(a); }
 VEC vf vf_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
@@ -58,12 +65,17 @@ VEC vf vf_from_bf16(const void *p) {
 }
 VEC vf vf_from_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 VEC void vf_to_f16(void *p, vf v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+#if defined(WANE_VEC_BF16) && !defined(WANE_EMULATE)
+/* One instruction, which takes subnormal numbers for zero; else the same. */
+VEC void vf_to_bf16(void *p, vf v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#else
 VEC void vf_to_bf16(void *p, vf v) {
   vi u = vi_bits(v), odd = vi_and(vi_srl(u, 16), vi_set1(1));
   vi r = vi_srl(vi_add(vi_add(u, vi_set1(0x7fff)), odd), 16), nan = vi_or(vi_srl(u, 16), vi_set1(0x40));
   r = vi_bits(vf_select(vf_eq(v, v), vf_bits(r), vf_bits(nan)));
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(r));
 }
+#endif
 /* Sum of the lanes, always folded in halves. */
 VEC float vf_sum(vf v) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
@@ -134,6 +146,13 @@ VEC vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 #define vi_sll(a, k) _mm256_slli_epi32(a, k)
 #define vi_srl(a, k) _mm256_srli_epi32(a, k)
 #define vi_sra(a, k) _mm256_srai_epi32(a, k)
+VEC vi vi_set64(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
+VEC vi vi_add64(vi a, vi b) { return _mm256_add_epi64(a, b); }
+VEC vi vi_mul64(vi a, vi b) { return _mm256_mul_epu32(a, b); }
+VEC vi vi_down64(vi a) { return _mm256_shuffle_epi32(a, 0xf5); }
+VEC vi vi_up64(vi a) { return _mm256_slli_epi64(a, 32); }
+VEC vi vi_low64(vi a, vi b) { return _mm256_unpacklo_epi64(a, b); }
+VEC vi vi_high64(vi a, vi b) { return _mm256_unpackhi_epi64(a, b); }
 VEC vf vf_bits(vi a) { return _mm256_castsi256_ps(a); }
 VEC vi vi_bits(vf a) { return _mm256_castps_si256(a); }
 VEC vf vf_from_int(vi a) { return _mm256_cvtepi32_ps(a); }
@@ -228,6 +247,7 @@ enum { VW = 4, VEC_REGISTERS = 16 };
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vec_u __attribute__((vector_size(16)));
+typedef uint64_t vec_q __attribute__((vector_size(16)));
 typedef vi vm;
 
 VEC vf vf_set1(float x) { return (vf){ x, x, x, x }; }
@@ -261,6 +281,13 @@ VEC vi vi_xor(vi a, vi b) { return a ^ b; }
 #define vi_sll(a, k) ((vi)((vec_u)(a) << (k)))
 #define vi_srl(a, k) ((vi)((vec_u)(a) >> (k)))
 #define vi_sra(a, k) ((a) >> (k))
+VEC vi vi_set64(uint64_t x) { return (vi)(vec_q){ x, x }; }
+VEC vi vi_add64(vi a, vi b) { return (vi)((vec_q)a + (vec_q)b); }
+VEC vi vi_mul64(vi a, vi b) { return (vi)(((vec_q)a & 0xffffffff) * ((vec_q)b & 0xffffffff)); }
+VEC vi vi_down64(vi a) { return (vi)((vec_q)a >> 32); }
+VEC vi vi_up64(vi a) { return (vi)((vec_q)a << 32); }
+VEC vi vi_low64(vi a, vi b) { return (vi)(vec_q){ ((vec_q)a)[0], ((vec_q)b)[0] }; }
+VEC vi vi_high64(vi a, vi b) { return (vi)(vec_q){ ((vec_q)a)[1], ((vec_q)b)[1] }; }
 VEC vf vf_from_int(vi a) { return __builtin_convertvector(a, vf); }
 /* Nearest, ties to even, by the sum with 1.5 * 2^23: |a| < 2^22. */
 VEC vi vi_from_float(vf a) { return vi_sub(vi_bits(a + 12582912.0f), vi_bits(vf_set1(12582912.0f))); }
@@ -280,7 +307,10 @@ VEC void vec_transpose(vf r[VW]) {
 #endif
 
 /* ================================================================ built on the above */
-/* vf_max and vf_min give b where either is NaN. vi_from_float: nearest, ties to even; |a| < 2^22 everywhere. */
+/* vf_max and vf_min give b where either is NaN. vi_from_float: nearest, ties to even; |a| < 2^22 everywhere.
+ * vi_*64 take a vi as pairs of lanes, the lower lane being the lower half of a 64-bit number: vi_mul64 multiplies lower halves (unsigned);
+ * vi_down64 brings the upper half down and leaves anything above it; vi_low64 and vi_high64 take, from each 128 bits of a and of b, the lower
+ * or the upper number: a's then b's. */
 
 VEC vf vf_neg(vf a) { return vf_bits(vi_xor(vi_bits(a), vi_set1((int32_t)0x80000000u))); }
 VEC vf vf_abs(vf a) { return vf_bits(vi_and(vi_bits(a), vi_set1(0x7fffffff))); }
