@@ -387,7 +387,42 @@ WANE_API int wane_logits_filter(wane_stream *s, const wane_handle *logits, doubl
  * Philox(seed, offset + b). A row with NaN or +inf, or with nothing left, fails the op. */
 WANE_API int wane_sample(wane_stream *s, wane_handle *out, const wane_handle *logits, uint64_t seed, uint64_t offset);
 
-/* ================================================================ 10. Backward of the smallest trainable model */
+/* ================================================================ 10. Training: gradients, dropout
+ *
+ * A gradient takes what its op took and the gradient dy of what it gave. */
+
+/* wane_attention with what its gradient needs: lse f32 [B, H, T], the logarithm (of base 2) of the sum of a row's weights, +inf for a row that sees
+ * no key. k, v: views [B, KV, keys, D] of any strides with a dense last dimension; training passes [B, keys, KV, D] with the middle swapped.
+ * first i32 [B, T] (optional): row t of b sees no key before first[b][t], which must not fall along t: several samples packed into a row. */
+WANE_API int wane_attention_train(wane_stream *s, wane_handle *out, wane_handle *lse, const wane_handle *q, const wane_handle *k, const wane_handle *v,
+                                  const wane_handle *key_mask, const wane_handle *bias, const wane_handle *first, const wane_attention_options *options);
+/* Its gradient, from out and lse as it gave them: dq [B, T, H, D] in q's dtype; dk, dv [B, kv_length, KV, D], contiguous, in those of k and v; dbias
+ * (NULL where it is not wanted) f32 in bias's own shape, summed over what the bias was repeated over. Blockwise, the weights are computed again
+ * (Dao 2022): nothing of size [T, keys] is kept, unless dbias is wanted. */
+WANE_API int wane_attention_backward(wane_stream *s, wane_handle *dq, wane_handle *dk, wane_handle *dv, wane_handle *dbias, const wane_handle *dout,
+                                     const wane_handle *out, const wane_handle *lse, const wane_handle *q, const wane_handle *k, const wane_handle *v,
+                                     const wane_handle *key_mask, const wane_handle *bias, const wane_handle *first, const wane_attention_options *options);
+/* dx = dy * f'(x) of wane_unary, in x's dtype; 0 where f has steps (sign, floor, ceil, round). WANE_E_ARG for not, isnan, isfinite. */
+WANE_API int wane_unary_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *x, int op);
+/* Of wane_glu, both in gate's dtype: dgate = dy * up * act'(gate), dup = dy * act(gate). */
+WANE_API int wane_glu_backward(wane_stream *s, wane_handle *dgate, wane_handle *dup, const wane_handle *dy, const wane_handle *gate, const wane_handle *up, int act);
+/* Of softmax over `dim`, from its result y: dx = y * (dy - sum(dy * y)). */
+WANE_API int wane_softmax_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *y, int dim);
+/* Of wane_embedding and of wane_index_select along the first dimension: out f32 [n, C] is 0 but for out[index[i]] += src[i], src [.., C],
+ * index [..] i32 or i64; rows are added in their order. An index outside [0, n) fails the op. */
+WANE_API int wane_scatter_add(wane_stream *s, wane_handle *out, const wane_handle *src, const wane_handle *index, int64_t n);
+/* Of wane_topk over rows of n: dx [M, n] is dvalues [M, k] at indices [M, k] (i64, as wane_topk gives them) and 0 elsewhere. */
+WANE_API int wane_topk_backward(wane_stream *s, wane_handle *dx, const wane_handle *dvalues, const wane_handle *indices, int64_t n);
+/* y = x / (1 - p) where element i is kept, else 0. It is kept where the uniform number that wane_random gives element offset + i under
+ * `seed` is at least p: the same call on dy is the gradient. 0 <= p < 1. */
+WANE_API int wane_dropout(wane_stream *s, wane_handle *y, const wane_handle *x, double p, uint64_t seed, uint64_t offset);
+/* dst += factor * src, in place. dst f32, contiguous; src any float dtype, of the same shape. */
+WANE_API int wane_add_into(wane_stream *s, const wane_handle *dst, const wane_handle *src, double factor);
+/* Of wane_linear_experts: dx[p] = dy[p] W_e for the rows p of expert e, in dy's dtype; dy [P, N], weights and bounds as there. */
+WANE_API int wane_linear_experts_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *bounds, const wane_handle *const *weights,
+                                          int64_t experts, int compute);
+/* The weights' part: dw f32 [experts, N, K], dw[e] = the sum over the rows p of expert e, in their order, of dy[p] (outer) x[p]. */
+WANE_API int wane_experts_weight_backward(wane_stream *s, wane_handle *dw, const wane_handle *dy, const wane_handle *x, const wane_handle *bounds, int64_t experts);
 
 /* dx in x's dtype; dweight, dbias f32 [C] (each NULL where it is not wanted; dbias only together with dweight). */
 WANE_API int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x,

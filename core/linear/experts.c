@@ -73,8 +73,9 @@ int wane_route(wane_stream *s, wane_handle *source, wane_handle *place, wane_han
 typedef struct expert { wane_qview w; int32_t group; } expert;
 
 /* The record of both ops: p 0 y [P, N], 1 x [P, K], 2 bounds, 3 workspace, 4 experts, 5 the backend; n 0 experts, 1 N, 2 K, 3 chunks a unit;
- * i and f: those of linear.h. */
-enum { EXPERTS_BOUNDS = 2, EXPERTS_WORK = 3, EXPERTS_TABLE = 4, EXPERTS_BACKEND = 5, EXPERTS_COUNT = 0, EXPERTS_N = 1, EXPERTS_K = 2, EXPERTS_PER = 3 };
+ * i and f: those of linear.h, i 7: the gradient of the input (x is dy, y is dx: N and K are the weights' K and N). */
+enum { EXPERTS_BOUNDS = 2, EXPERTS_WORK = 3, EXPERTS_TABLE = 4, EXPERTS_BACKEND = 5, EXPERTS_COUNT = 0, EXPERTS_N = 1, EXPERTS_K = 2, EXPERTS_PER = 3,
+       EXPERTS_BACK = 7 };
 
 static int64_t unit_rows(int group, int64_t rows) { return group != WANE_GROUP_LLM_INT8 && rows > WANE_LINEAR_SLICE ? WANE_LINEAR_SLICE : rows; }
 
@@ -115,7 +116,9 @@ static int unit_op(const wane_op *op, int64_t u, wane_op *unit) {
   return -1;
 }
 
-static int takes_rows(const wane_op *unit) { return unit->n[WANE_LINEAR_M] <= WANE_LINEAR_FEW || unit->i[WANE_LINEAR_BY_ROW]; }
+static int takes_rows(const wane_op *unit) {
+  return !unit->i[EXPERTS_BACK] && (unit->n[WANE_LINEAR_M] <= WANE_LINEAR_FEW || unit->i[WANE_LINEAR_BY_ROW]);
+}
 
 /* Cuts the unit into at most `per` chunks and runs one of them. */
 static void run(const wane_op *op, wane_op *unit, int slot, uint32_t chunk, int64_t chunks) {
@@ -135,7 +138,8 @@ static void prepare(const wane_op *op, uint32_t chunk) {
   unit.i[WANE_LINEAR_ALONE] = group == WANE_GROUP_LLM_INT8 && unit.f[WANE_LINEAR_THRESHOLD] > 0;   /* its outlier columns are this unit's */
   if (unit.i[WANE_LINEAR_ALONE]) limit = 1;
   int64_t chunks = rows * op->n[EXPERTS_K] >> 14;
-  run(op, &unit, (few ? WANE_OP_LINEAR_PREPARE : WANE_OP_LINEAR_PACK) + group, chunk % (uint32_t)per, chunks < limit ? chunks : limit);
+  int slot = unit.i[EXPERTS_BACK] ? WANE_OP_LINEAR_BACK_PACK : few ? WANE_OP_LINEAR_PREPARE : WANE_OP_LINEAR_PACK;
+  run(op, &unit, slot + group, chunk % (uint32_t)per, chunks < limit ? chunks : limit);
 }
 
 static void multiply(const wane_op *op, uint32_t chunk) {
@@ -143,24 +147,27 @@ static void multiply(const wane_op *op, uint32_t chunk) {
   int64_t per = op->n[EXPERTS_PER], N = op->n[EXPERTS_N];
   int group = unit_op(op, chunk / per, &unit);
   if (group < 0) return;
-  int64_t few = takes_rows(&unit), limit = few ? N : (N + 23) / 24;
-  run(op, &unit, (few ? WANE_OP_LINEAR_ROWS : WANE_OP_LINEAR_MANY) + group, chunk % (uint32_t)per, limit);
+  int back = unit.i[EXPERTS_BACK], few = takes_rows(&unit);
+  int64_t limit = few ? N : back ? (N + 63) / 64 : (N + 23) / 24;
+  run(op, &unit, (back ? WANE_OP_LINEAR_BACK : few ? WANE_OP_LINEAR_ROWS : WANE_OP_LINEAR_MANY) + group, chunk % (uint32_t)per, limit);
 }
 
-/* Checks every weight against the first and notes what the kernels need. */
-static int fill_table(wane_stream *s, expert *table, const wane_handle *const *weights, int64_t count, int64_t K, float threshold) {
+/* Checks every weight against the first and notes what the kernels need. `width`: values that a row of x has: the weights' K, or N for the
+ * gradient. */
+static int fill_table(wane_stream *s, expert *table, const wane_handle *const *weights, int64_t count, int64_t width, float threshold, int back) {
   const wane_backend *b = wane_cpu_backend();
   for (int64_t e = 0; e < count; e++) {
     const wane_tensor *w = weights[e] ? wane_use(s, weights[e], "weight") : NULL;
     if (!w) return weights[e] ? WANE_E_STALE : wane_fail(WANE_E_ARG, "linear_experts: weight %lld is NULL", (long long)e);
     int group = wane_linear_group(w->dtype);
-    if (group < 0 || w->ndim != 2 || w->shape[1] != K || (e > 0 && w->shape[0] != table[0].w.rows) || (group == WANE_GROUP_FLOAT && !wane_is_contiguous(w)))
+    int fits = group >= 0 && w->ndim == 2 && w->shape[!back] == width && (e == 0 || w->shape[back] == (back ? table[0].w.cols : table[0].w.rows));
+    if (!fits || (group == WANE_GROUP_FLOAT && !wane_is_contiguous(w)))
       return wane_fail(WANE_E_SHAPE, "linear_experts: the weight of expert %lld is %s; expected [%lld, %lld], contiguous, in a dtype that products take", (long long)e,
-                       wane_shape_text(w), (long long)(e ? table[0].w.rows : w->shape[0]), (long long)K);
-    if (group == WANE_GROUP_INT8 && threshold >= 0) group = WANE_GROUP_LLM_INT8;
-    if (group == WANE_GROUP_LLM_INT8 && K > WANE_INT8_MAX_K)
-      return wane_fail(WANE_E_SHAPE, "linear_experts: LLM.int8() sums at most %d products in an int32, found %lld", WANE_INT8_MAX_K, (long long)K);
-    if (!b->ops[WANE_OP_LINEAR_ROWS + group] || !b->ops[WANE_OP_LINEAR_MANY + group])
+                       wane_shape_text(w), (long long)(back ? width : e ? table[0].w.rows : w->shape[0]), (long long)(!back ? width : e ? table[0].w.cols : w->shape[w->ndim - 1]));
+    if (group == WANE_GROUP_INT8 && threshold >= 0 && !back) group = WANE_GROUP_LLM_INT8;
+    if (group == WANE_GROUP_LLM_INT8 && width > WANE_INT8_MAX_K)
+      return wane_fail(WANE_E_SHAPE, "linear_experts: LLM.int8() sums at most %d products in an int32, found %lld", WANE_INT8_MAX_K, (long long)width);
+    if (back ? !b->ops[WANE_OP_LINEAR_BACK + group] : !b->ops[WANE_OP_LINEAR_ROWS + group] || !b->ops[WANE_OP_LINEAR_MANY + group])
       return wane_fail(WANE_E_UNSUPPORTED, "no kernel multiplies with a %s weight", wane_dtype_name(w->dtype));
     wane_qview_of(w, &table[e].w);
     table[e].group = group;
@@ -169,7 +176,8 @@ static int fill_table(wane_stream *s, expert *table, const wane_handle *const *w
 }
 
 /* Enqueues both ops of P > 0 rows. The table is memory of its own, not the pool's: ops in flight may still be writing to what is free there. */
-static int product(wane_stream *s, const wane_tensor *x, wane_tensor *y, const wane_tensor *bounds, wane_storage *held, int64_t count, int compute, float threshold) {
+static int product(wane_stream *s, const wane_tensor *x, wane_tensor *y, const wane_tensor *bounds, wane_storage *held, int64_t count, int compute, float threshold,
+                   int back) {
   const expert *table = held->data;
   int64_t P = x->shape[0], K = x->shape[1], N = y->shape[1], units = (P < count ? P : count) + P / WANE_LINEAR_SLICE, bytes = 0;
   for (int64_t e = 0; e < count && bytes >= 0; e++) {
@@ -190,6 +198,7 @@ static int product(wane_stream *s, const wane_tensor *x, wane_tensor *y, const w
     op->i[WANE_LINEAR_DTYPE] = x->dtype;
     op->i[WANE_LINEAR_COMPUTE] = compute & ~WANE_COMPUTE_INVARIANT;
     op->i[WANE_LINEAR_BY_ROW] = (compute & WANE_COMPUTE_INVARIANT) != 0;
+    op->i[EXPERTS_BACK] = back;
     op->f[WANE_LINEAR_THRESHOLD] = threshold;
     op->nchunks = (uint32_t)(units * op->n[EXPERTS_PER]);
     wane_op_push(s, op, step ? y : NULL, NULL);
@@ -198,8 +207,9 @@ static int product(wane_stream *s, const wane_tensor *x, wane_tensor *y, const w
   return WANE_OK;
 }
 
-int wane_linear_experts(wane_stream *s, wane_handle *out, const wane_handle *hx, const wane_handle *hbounds, const wane_handle *const *weights, int64_t count,
-                        int compute, float threshold) {
+/* Both directions. */
+static int experts(wane_stream *s, wane_handle *out, const wane_handle *hx, const wane_handle *hbounds, const wane_handle *const *weights, int64_t count,
+                   int compute, float threshold, int back) {
   int status = wane_enter(s), mode = compute & ~WANE_COMPUTE_INVARIANT;
   if (status) return status;
   wane_tensor *x = wane_use(s, hx, "x"), *bounds = x ? wane_use(s, hbounds, "bounds") : NULL;
@@ -212,18 +222,29 @@ int wane_linear_experts(wane_stream *s, wane_handle *out, const wane_handle *hx,
   wane_storage *held = wane_storage_new(s, WANE_STORAGE_HEAP, (size_t)count * sizeof(expert));
   if (!held) return WANE_E_MEMORY;
   wane_handle tmp = { NULL, 0, 0 };
-  status = fill_table(s, held->data, weights, count, x->shape[1], threshold);
+  status = fill_table(s, held->data, weights, count, x->shape[1], threshold, back);
   if (status == WANE_OK) {
-    int64_t shape[2] = { x->shape[0], ((const expert *)held->data)->w.rows };
+    const wane_qview *first = &((const expert *)held->data)->w;
+    int64_t shape[2] = { x->shape[0], back ? first->cols : first->rows };
     wane_tensor *y = NULL;
     x = wane_contiguous(s, x, &tmp);
     if (x) y = wane_make(s, out, x->dtype, 2, shape);
     if (!y) status = WANE_E_MEMORY;
-    else if (shape[0] > 0 && shape[1] > 0 && (status = product(s, x, y, bounds, held, count, compute, threshold)) != WANE_OK) wane_tensor_free(out);
+    else if (shape[0] > 0 && shape[1] > 0 && (status = product(s, x, y, bounds, held, count, compute, threshold, back)) != WANE_OK) wane_tensor_free(out);
   }
   wane_tensor_free(&tmp);
   wane_storage_unref(held);
   return status;
+}
+
+int wane_linear_experts(wane_stream *s, wane_handle *out, const wane_handle *x, const wane_handle *bounds, const wane_handle *const *weights, int64_t count,
+                        int compute, float threshold) {
+  return experts(s, out, x, bounds, weights, count, compute, threshold, 0);
+}
+
+int wane_linear_experts_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *bounds, const wane_handle *const *weights, int64_t count,
+                                 int compute) {
+  return experts(s, dx, dy, bounds, weights, count, compute & ~WANE_COMPUTE_INVARIANT, -1, 1);
 }
 
 void wane_register_experts(wane_backend *b) {

@@ -27,4 +27,7 @@ enum { WANE_ATTENTION_KEYS = 64, WANE_ATTENTION_PIECE = 256, WANE_ATTENTION_TILE
 
 /* Floats of one row's partial sum: the weighted sum of values, padded, then its maximum and its weight. */
 static inline int64_t wane_attention_partial(int64_t D) { return (D + 15) / 16 * 16 + 16; }
+
+/* Floats between rows of the workspace of attention's gradient: whole vectors of every instruction set. */
+static inline int64_t wane_attention_wide(int64_t D) { return (D + 15) / 16 * 16; }
 #endif

@@ -9,6 +9,7 @@
  *
  * Record of WANE_OP_ATTENTION
  *   p  0 out [B, T, H, D] contiguous   1 q   2 k   3 v   4 key mask u8 or NULL   5 bias f32 or NULL   6 partial sums or NULL
+ *      7 lse f32 [B, H, T] or NULL     8 first keys i32 [B, T], not falling along T, or NULL
  *   n  0 B   1 H   2 KV   3 T   4 D   5 keys   6 time of q's first row   7 window (0: none)   8 rows a block   9 key mask's row stride
  *  10 pieces when split, else 0
  *   stride  0 q (b, t, h)   1 k (b, kv head, t)   2 v   3 bias (b, h, t, key)
@@ -20,13 +21,14 @@
 #define WANE_NN_ATTENTION_KERNELS_H
 #include "../x86/vec_math.h"
 #include "nn.h"
+#include <math.h>
 
 enum { KEYS = WANE_ATTENTION_KEYS, TILE = WANE_ATTENTION_TILE };
 
 /* One chunk's place in the work and its scratch memory. DP: D padded to whole vectors. */
 typedef struct attention_block {
   const wane_op *op;
-  int64_t b, head, row0, rows;         /* batch, kv head, first row and number of rows */
+  int64_t b, head, kv, row0, rows;     /* batch, first query head / G, kv head, first row and number of rows */
   int64_t D, DP, G;
   float *q, *kt, *v, *scores;          /* [rows, D], [D, KEYS], [KEYS, DP], [TILE, KEYS] */
   float *sum, *max, *weight;           /* of the piece: [rows, DP], [rows], [rows] */
@@ -116,7 +118,7 @@ static void pack_q(const attention_block *a) {
 /* kt [D, KEYS] = transposed k rows j0 .. j0 + n - 1; columns beyond n are 0. A constant dtype leaves one kind of load. */
 VEC void pack_k_as(const attention_block *a, int64_t j0, int n, const int dtype) {
   const int64_t *st = a->op->stride[1], size = dtype == WANE_F32 ? 4 : 2;
-  const char *base = (const char *)a->op->p[2] + (a->b * st[0] + a->head * st[1] + j0 * st[2]) * size;
+  const char *base = (const char *)a->op->p[2] + (a->b * st[0] + a->kv * st[1] + j0 * st[2]) * size;
   int64_t row = st[2] * size, whole = a->D / VW * VW;
   for (int j = 0; j < KEYS; j += VW) {
     const char *from = base + j * row;
@@ -157,7 +159,7 @@ VEC void pack_v_as(const attention_block *a, const void *v, int64_t base, int64_
 /* v rows j0 .. j0 + n - 1 as f32 with a stride: where they lie if they are f32 and fill whole vectors, else a copy. */
 static const float *pack_v(const attention_block *a, int64_t j0, int n, int64_t *stride) {
   const int64_t *st = a->op->stride[2];
-  int64_t base = a->b * st[0] + a->head * st[1] + j0 * st[2];
+  int64_t base = a->b * st[0] + a->kv * st[1] + j0 * st[2];
   if (a->op->i[2] == WANE_F32 && a->D == a->DP) {
     *stride = st[2];
     return (const float *)a->op->p[3] + base;
@@ -174,20 +176,26 @@ static const float *pack_v(const attention_block *a, int64_t j0, int n, int64_t 
 /* Keys [*lo, *hi) that row r (of the block) may see, the key mask aside. */
 static void visible_keys(const attention_block *a, int64_t r, int64_t *lo, int64_t *hi) {
   const wane_op *op = a->op;
-  int64_t time = op->n[6] + (a->row0 + r) / a->G, keys = op->n[5], window = op->n[7];
+  int64_t row = (a->row0 + r) / a->G, time = op->n[6] + row, keys = op->n[5], window = op->n[7];
   *lo = window > 0 && time - window + 1 > 0 ? time - window + 1 : 0;
+  if (op->p[8]) {
+    int64_t first = ((const int32_t *)op->p[8])[a->b * op->n[3] + row];
+    if (first > *lo) *lo = first;
+  }
   *hi = op->i[3] && time + 1 < keys ? time + 1 : keys;
 }
 
-/* Softcap, bias and masks on one row of scores for keys j0 .. j0 + n - 1: what is not seen becomes -inf. */
+/* Softcap on one row of scores. */
+static void cap_scores(const attention_block *a, float *s) {
+  vf inverse = vf_set1(1.0f / a->op->f[1]), cap = vf_set1(a->op->f[1] * 1.44269504f);
+  for (int j = 0; j < KEYS; j += VW) vf_store(s + j, vf_mul(cap, vec_tanh(vf_mul(vf_load(s + j), inverse))));
+}
+
+/* Bias and masks on one row of scores for keys j0 .. j0 + n - 1: what is not seen becomes -inf. */
 static void dress_scores(const attention_block *a, float *s, int64_t r, int64_t j0, int n, int masked) {
   const wane_op *op = a->op;
   static const float ramp[KEYS] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63 };
-  if (op->f[1] != 0.0f) {
-    vf inverse = vf_set1(1.0f / op->f[1]), cap = vf_set1(op->f[1] * 1.44269504f);
-    for (int j = 0; j < KEYS; j += VW) vf_store(s + j, vf_mul(cap, vec_tanh(vf_mul(vf_load(s + j), inverse))));
-  }
   if (op->p[5]) {
     const int64_t *st = op->stride[3];
     int64_t t = (a->row0 + r) / a->G, h = a->head * a->G + (a->row0 + r) % a->G;
@@ -267,7 +275,7 @@ static int sees(const attention_block *a, int64_t r, int64_t rows, int64_t j0, i
 
 /* Where the keys after the block at j0 begin in k or v. */
 static const char *next_keys(const void *x, int dtype, const int64_t *st, const attention_block *a, int64_t j0) {
-  return (const char *)x + (a->b * st[0] + a->head * st[1] + (j0 + KEYS) * st[2]) * (dtype == WANE_F32 ? 4 : 2);
+  return (const char *)x + (a->b * st[0] + a->kv * st[1] + (j0 + KEYS) * st[2]) * (dtype == WANE_F32 ? 4 : 2);
 }
 
 /* All rows of the block against keys j0 .. j0 + n - 1. */
@@ -287,8 +295,9 @@ static void attend_keys(attention_block *a, int64_t j0, int n) {
     int rows = a->rows - r < TILE ? (int)(a->rows - r) : TILE;
     if (!sees(a, r, rows, j0, j0 + KEYS, &all)) continue;
     product(a->q + r * a->D, a->D, a->kt, KEYS, a->scores, KEYS, a->D, KEYS / VW, rows, 0, next_k);
-    int dress = masked || !all || op->f[1] != 0.0f || op->p[5];
+    int dress = masked || !all || op->p[5];
     for (int i = 0; i < rows; i++) {
+      if (op->f[1] != 0.0f) cap_scores(a, a->scores + i * KEYS);
       if (dress) dress_scores(a, a->scores + i * KEYS, r + i, j0, n, masked);
       weigh_row(a, a->scores + i * KEYS, r + i);
     }
@@ -315,10 +324,11 @@ static void merge_row(float *total, float *total_max, float *total_weight, const
   *total_max = now;
 }
 
-/* Row r of the block's (b, kv head): total / weight into the output. */
-static void write_row(const wane_op *op, int64_t b, int64_t head, int64_t row, const float *total, float weight) {
+/* Row r of the block's (b, kv head): total / weight into the output; the logarithm (of base 2) of its scores' sum where it is wanted. */
+static void write_row(const wane_op *op, int64_t b, int64_t head, int64_t row, const float *total, float max, float weight) {
   int64_t H = op->n[1], T = op->n[3], D = op->n[4], G = H / op->n[2];
   int64_t at = ((b * T + row / G) * H + head * G + row % G) * D;
+  if (op->p[7]) ((float *)op->p[7])[(b * H + head * G + row % G) * T + row / G] = weight == 0.0f ? __builtin_inff() : max + log2f(weight);
   vf scale = vf_set1(weight == 0.0f ? 0.0f : 1.0f / weight);
   for (int64_t d = 0; d < D; d += VW) vf_put_n(op->p[0], op->i[0], at + d, vf_mul(vf_load(total + d), scale), vec_left(d, D));
 }
@@ -326,7 +336,7 @@ static void write_row(const wane_op *op, int64_t b, int64_t head, int64_t row, c
 /* Carves the scratch memory; the largest D with the smallest row block still fits (nn_attention.c sees to that). */
 static void block_open(attention_block *a, const wane_op *op, int64_t b, int64_t head, int64_t row0, int64_t rows) {
   float *p = wane_scratch();
-  a->op = op; a->b = b; a->head = head; a->row0 = row0; a->rows = rows;
+  a->op = op; a->b = b; a->head = a->kv = head; a->row0 = row0; a->rows = rows;
   a->D = op->n[4]; a->DP = (a->D + VW - 1) / VW * VW; a->G = op->n[1] / op->n[2];
   a->kt = p; p += a->D * KEYS;
   a->v = p; p += a->DP * KEYS;
@@ -355,7 +365,7 @@ static void attention_whole(const wane_op *op, uint32_t chunk) {
     for (int64_t r = 0; r < a.rows; r++)
       merge_row(a.total + r * a.DP, &a.total_max[r], &a.total_weight[r], a.sum + r * a.DP, a.max[r], a.weight[r], a.DP);
   }
-  for (int64_t r = 0; r < a.rows; r++) write_row(op, a.b, a.head, a.row0 + r, a.total + r * a.DP, a.total_weight[r]);
+  for (int64_t r = 0; r < a.rows; r++) write_row(op, a.b, a.head, a.row0 + r, a.total + r * a.DP, a.total_max[r], a.total_weight[r]);
 }
 
 static void attention_split(const wane_op *op, uint32_t chunk) {
@@ -393,7 +403,7 @@ static void VEC_NAME(wane_nn_attention_merge)(const wane_op *op, uint32_t chunk)
       const float *from = (const float *)op->p[6] + ((head * pieces + k) * rows + r) * part;
       merge_row(total, &max, &weight, from, from[part - 16], from[part - 15], DP);
     }
-    write_row(op, head / KV, head % KV, r, total, weight);
+    write_row(op, head / KV, head % KV, r, total, max, weight);
   }
 }
 #endif

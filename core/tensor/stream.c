@@ -97,6 +97,15 @@ const char *wane_op_name(int code) {
     case WANE_OP_PENALTY: return "penalty";
     case WANE_OP_ROUTE: return "route";
     case WANE_OP_LORA_ROWS: case WANE_OP_LORA_COLUMNS: return "lora";
+    case WANE_OP_ATTENTION_BACKWARD: return "attention_backward";
+    case WANE_OP_UNARY_BACKWARD: return "unary_backward";
+    case WANE_OP_GLU_BACKWARD: return "glu_backward";
+    case WANE_OP_SOFTMAX_BACKWARD: return "softmax_backward";
+    case WANE_OP_SCATTER_ADD: return "scatter_add";
+    case WANE_OP_TOPK_BACKWARD: return "topk_backward";
+    case WANE_OP_DROPOUT: return "dropout";
+    case WANE_OP_ADD_INTO: return "add_into";
+    case WANE_OP_EXPERTS_WEIGHT: return "experts_weight_backward";
   }
   if (code >= WANE_OP_QUANTIZE_4BIT && code <= WANE_OP_QUANTIZE_NESTED) return "quantize";
   if (code == WANE_OP_DEQUANTIZE) return "dequantize";
