@@ -10,7 +10,7 @@ local M = { core = core, version = require("ffi").string(core.C.wane_version()) 
 
 -- Parts are loaded when first used: wane.quant, wane.nn, wane.models, …
 local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true, hub = true,
-  lora = true }
+  lora = true, autograd = true }
 local Tensor = require "wane.tensor"
 M.Tensor = Tensor
 

@@ -3,6 +3,7 @@
 --     local lora = require "wane.lora"
 --     assert(lora.load(model, "my-adapter"))                        -- or wane.load(path, { lora = "my-adapter" })
 --     assert(lora.load(model, "other", { name = "other" }))
+--     lora.attach(model, { r = 8, target_modules = "all-linear" })   -- a fresh one, to be trained: model:loss(ids, labels):backward()
 --     lora.set_adapter(model, { "default", "other" })               -- both at once; their changes add up
 --     lora.scale(model, 0.5, "other")
 --     lora.disable(model) … lora.enable(model)
@@ -43,12 +44,12 @@ end
 -- active; set_adapter chooses among several.
 -- @param model wane.Model
 -- @param dir string
--- @param opts table|nil { name = "default" }
+-- @param opts table|nil { name = "default", trainable = true: go on training it (PEFT's is_trainable) }
 -- @return table|nil report { name, modules, parameters, missing = targets without values, unexpected = values that the config does not ask for,
 --   unused = entries of target_modules that name nothing }, string|nil message, string|nil code
 function M.load(model, dir, opts)
   local state = states.of(model)
-  check_options("lora.load", opts, { name = true })
+  check_options("lora.load", opts, { name = true, trainable = true })
   if type(dir) ~= "string" then core.raise("lora.load: expected a folder, found a %s", type(dir)) end
   local name = new_name(state, opts and opts.name)
   local folder, message, code = hub.resolve(dir)
@@ -57,7 +58,7 @@ function M.load(model, dir, opts)
   adapter, message, code = files.read(model, (folder:gsub("(.)/+$", "%1")))
   if not adapter then return nil, message, code end
   state:add(name, adapter)
-  state:refresh(model)
+  if opts and opts.trainable then state:train(model, name, true) else state:refresh(model) end
   local report = { name = name, modules = 0, parameters = M.parameters(model, name) }
   for key, value in pairs(adapter.report) do report[key] = value end
   for _ in pairs(adapter.parts) do report.modules = report.modules + 1 end
@@ -108,7 +109,7 @@ local zeros = Tensor.constructors.zeros
 -- both random. Embedding: A zero, B normal. Source: peft tuners/lora/layer.py reset_lora_parameters.
 local function fresh_part(target, config, random)
   local module, r, init = target.module, target.r, config.init_lora_weights
-  local part = { r = r, scale = target.scale, path = target.path, spelled = target.spelled }
+  local part = { r = r, scale = target.scale, dropout = config.lora_dropout, path = target.path, spelled = target.spelled }
   if target.kind == "embedding" then
     part.A = init and zeros(r, module.count) or random.normal(1, r, module.count)
     part.B = random.normal(1, module.width, r)
@@ -155,7 +156,8 @@ local function fresh_replaced(model, config, parts)
   return replaced
 end
 
---- Attaches a fresh adapter, which changes nothing until it is trained. Options are PEFT's LoraConfig.
+--- Attaches a fresh adapter, which changes nothing until it is trained; its tensors are leaves of wane.autograd. Options are PEFT's
+-- LoraConfig.
 -- @param model wane.Model
 -- @param o table|nil { name = "default", r = 8, alpha = 8, dropout = 0, target_modules = list | regular expression | "all-linear" (default:
 --   PEFT's for the family), exclude_modules, bias = "none" | "all" | "lora_only", use_rslora, use_dora, lora_bias, modules_to_save, rank_pattern,
@@ -180,8 +182,37 @@ function M.attach(model, o)
     adapter.replaced = fresh_replaced(model, config, adapter.parts)
   end)
   state:add(name, adapter)
-  state:refresh(model)
+  state:train(model, name, true)
   return { name = name, modules = #found, parameters = M.parameters(model, name), unused = unused }
+end
+
+--- Whether an adapter's tensors are trained; those that attach made are.
+-- @param model wane.Model
+-- @param on boolean
+-- @param name string|nil default: all active ones
+function M.train(model, on, name)
+  local state = states.of(model)
+  for _, each in ipairs(state:names(name, state.active)) do state:train(model, each, on) end
+end
+
+--- Prepares a quantized model for adapters as peft's prepare_model_for_kbit_training does: nothing of the model itself is trained, norms and
+-- biases are f32, and layers are checkpointed unless told otherwise. Frozen 16-bit embeddings and heads stay as they are and widen in use
+-- (upstream makes them f32, which costs 4 bytes a value). Gradients reach the input of every adapter without further ado.
+-- @param model wane.Model
+-- @param opts table|nil { checkpointing = true }
+-- @return wane.Model
+function M.prepare_for_kbit_training(model, opts)
+  check_options("lora.prepare_for_kbit_training", opts, { checkpointing = true })
+  model:freeze()
+  local narrow = {}
+  for _, tensor in model:parameters() do
+    if tensor:is_float() and tensor:dim() == 1 and tensor:dtype() ~= "f32" then narrow[tensor] = true end
+  end
+  for tensor in pairs(narrow) do
+    model:replace_parameter(tensor, F.outside_scopes(F.cast, tensor, core.C.WANE_F32))
+    tensor:close()
+  end
+  return model:checkpoint_layers(not opts or opts.checkpointing ~= false)
 end
 
 --- Writes an adapter's folder as PEFT does: adapter_model.safetensors and adapter_config.json.

@@ -1,14 +1,16 @@
 --- A model: the module tree of a family with its values, and what users do with it.
 -- @module wane.model
 local ffi = require "ffi"
+local autograd = require "wane.autograd"
 local core = require "wane.core"
 local Tensor = require "wane.tensor"
 local F = require "wane.nn.functional"
+local losses = require "wane.loss"
 local module = require "wane.nn.module"
 local passes = require "wane.nn.pass"
 local C = core.C
 
-local IGNORED = -100                   -- a label that is not scored (torch.nn.CrossEntropyLoss)
+local IGNORED = losses.IGNORED
 
 ---@class wane.Model : wane.Module
 ---@field config table what config.json says, completed
@@ -84,23 +86,50 @@ end
 --- Scores of every vocabulary entry: the head over the backbone's result x [B, T, hidden].
 function Model:head(x) return self:find(self.family.head)(x) end
 
+-- Activations of a recorded pass: 16 bits where products are, as upstream's are.
+local function activations(self) return autograd.recording and self.compute == "bf16" and C.WANE_BF16 or C.WANE_F32 end
+
 --- Runs the encoder of an encoder-decoder.
 -- @param ids integer[][]|wane.Tensor [batch, time] what it reads
 -- @param mask table|wane.Tensor|nil of 0 and 1; padding may stand on either side
 -- @return wane.Pass the encoder's pass with its result in `states` [batch, time, hidden]: the `source` of the decoder's passes. close() frees it.
 function Model:source(ids, mask)
-  return core.scope(function()
+  return autograd.scope(function()
     local tensor, batch, time = ids_tensor(ids)
     local _, key_mask = Model.mask_tensors(mask, batch, time)
-    local pass = passes.new { batch = batch, time = time, key_mask = key_mask }
+    local pass = passes.new { batch = batch, time = time, key_mask = key_mask, dtype = activations(self), checkpointing = self.checkpointing }
     pass.states = self:encode(tensor, pass)
     return pass
   end)
 end
 
+-- A list of lists of integers as a tensor i32 [batch, time], or nil.
+local function integers(lists, what, batch, time)
+  if not lists then return nil end
+  local tensor, b, t = ids_tensor(lists, what)
+  if b ~= batch or t ~= time then core.raise("%s: expected [%d, %d] as the ids, found [%d, %d]", what, batch, time, b, t) end
+  return tensor
+end
+
+-- What enters the head: [batch, time, hidden].
+local function hidden(self, ids, opts)
+  local source, mask, what = nil, opts.attention_mask, "ids"
+  if self.encode then
+    source = self:source(ids, mask)
+    ids, mask, what = opts.decoder_input_ids, opts.decoder_attention_mask, "decoder_input_ids"
+  end
+  local tensor, batch, time = ids_tensor(ids, what)
+  if source and source.batch ~= batch then core.raise("decoder_input_ids: expected %d row(s), one a row of ids, found %d", source.batch, batch) end
+  local positions, key_mask = Model.mask_tensors(mask, batch, time)
+  local pass = passes.new { batch = batch, time = time, positions = integers(opts.positions, "positions", batch, time) or positions, key_mask = key_mask,
+    first = integers(opts.first, "first", batch, time), tail_rows = opts.last, source = source, dtype = activations(self), checkpointing = self.checkpointing }
+  return self:backbone(tensor, pass)
+end
+
 --- Logits of whole sequences. An encoder-decoder reads `ids` with its encoder and scores decoder_input_ids.
 -- @param ids integer[][]|wane.Tensor [batch, time]
--- @param opts table|nil { attention_mask = lists of 0 and 1, last = only this many last positions;
+-- @param opts table|nil { attention_mask = lists of 0 and 1, last = only this many last positions, positions = lists of integers (from 0),
+--   first = for each position the first one (from 0) that it sees: samples packed into a row;
 --   encoder-decoder: decoder_input_ids = [batch, T], decoder_attention_mask }
 -- @return wane.Tensor f32 [batch, time (encoder-decoder: T), vocab]
 function Model:forward(ids, opts)
@@ -109,18 +138,7 @@ function Model:forward(ids, opts)
     core.raise("forward: %s is an encoder-decoder: its encoder reads the ids, and decoder_input_ids (the start token %s and what follows) are missing",
       self.family.name, tostring(self.config.decoder_start_token_id))
   end
-  return core.scope(function()
-    local source, mask, what = nil, opts.attention_mask, "ids"
-    if self.encode then
-      source = self:source(ids, mask)
-      ids, mask, what = opts.decoder_input_ids, opts.decoder_attention_mask, "decoder_input_ids"
-    end
-    local tensor, batch, time = ids_tensor(ids, what)
-    if source and source.batch ~= batch then core.raise("decoder_input_ids: expected %d row(s), one a row of ids, found %d", source.batch, batch) end
-    local positions, key_mask = Model.mask_tensors(mask, batch, time)
-    local pass = passes.new { batch = batch, time = time, positions = positions, key_mask = key_mask, tail_rows = opts.last, source = source }
-    return self:head(self:backbone(tensor, pass))
-  end)
+  return autograd.scope(function() return self:head(hidden(self, ids, opts)) end)
 end
 
 -- What the decoder of an encoder-decoder reads for its labels: the start token, then all but the last; an ignored one becomes pad.
@@ -145,13 +163,16 @@ local function shift_left(labels)
 end
 
 --- Mean of -log p over the labels that are not -100, as transformers computes it: a decoder-only model is asked at position t for label
--- t + 1; an encoder-decoder reads `ids` with its encoder and the labels behind the start token with its decoder.
+-- t + 1; an encoder-decoder reads `ids` with its encoder and the labels behind the start token with its decoder. Where the model trains
+-- something (leaves, adapters) and no_grad does not forbid it, the result has a graph: `loss:backward()`.
 -- @param ids integer[][] [batch, time]
 -- @param labels integer[][] [batch, time]; encoder-decoder: [batch, T]
--- @param opts table|nil { attention_mask, decoder_attention_mask }
--- @return wane.Tensor f32, a single value
+-- @param opts table|nil { attention_mask, decoder_attention_mask, positions, first (see forward),
+--   count = what the sum is divided by: the labels of all micro-batches of an update; default: those of this one }
+-- @return wane.Tensor f32 [1]
 function Model:loss(ids, labels, opts)
-  local o = { attention_mask = opts and opts.attention_mask, decoder_attention_mask = opts and opts.decoder_attention_mask }
+  local o = {}
+  for key, value in pairs(opts or {}) do o[key] = value end
   if type(labels) ~= "table" or Tensor.is(labels) then core.raise("loss: labels: expected lists of ids, found a %s", type(labels)) end
   if type(labels[1]) == "number" then labels = { labels } end
   local targets = labels
@@ -163,13 +184,105 @@ function Model:loss(ids, labels, opts)
   end
   local counted = 0
   for _, row in ipairs(targets) do for _, id in ipairs(row) do if id ~= IGNORED then counted = counted + 1 end end end
-  if counted == 0 then core.raise "loss: there is no label: all are -100" end
-  return core.scope(function()
-    local logits = self:forward(ids, o)
+  if counted == 0 and not o.count then core.raise "loss: there is no label: all are -100" end
+  local function compute()
+    local x = hidden(self, ids, o)
     local wanted, batch, time = ids_tensor(targets, "labels")
-    local nll = F.nll(F.view(logits, batch * time, -1), F.view(wanted, batch * time), IGNORED)
-    return F.scale(F.mean(nll), batch * time / counted)
+    return losses.cross_entropy(self, F.view(x, batch * time, -1), F.view(wanted, batch * time), 1 / (o.count or counted))
+  end
+  if autograd.allowed() and self:trains() then return autograd.record(compute) end
+  return core.scope(compute)
+end
+
+-- ---------------------------------------------------------------- what is trained
+
+-- Calls fn(tensor, name) for every leaf of the model, in the order of the tree; adapters' behind their module's own.
+local function each_leaf(self, fn)
+  local seen = {}
+  local function visit(tensor, name)
+    if tensor and tensor.requires_grad and not seen[tensor] then
+      seen[tensor] = true
+      fn(tensor, name)
+    end
+  end
+  for path, m in self:modules() do
+    local prefix = path == "" and "" or path .. "."
+    for _, p in ipairs(m:own_parameters()) do visit(p.value, prefix .. p.name) end
+    for _, part in ipairs(rawget(m, "adapters") or {}) do
+      for _, field in ipairs { "A", "B", "bias", "magnitude" } do visit(part[field], ("%slora_%s.%s"):format(prefix, field, part.name)) end
+    end
+  end
+end
+
+--- Does the model have leaves: adapters that were attached to be trained, or parameters of its own?
+-- @return boolean
+function Model:trains()
+  local any = false
+  each_leaf(self, function() any = true end)
+  return any
+end
+
+--- The tensors that an optimizer changes, each with its path in `name`, in the order of the tree.
+-- @return wane.Tensor[]
+function Model:trainable_parameters()
+  local list = {}
+  each_leaf(self, function(tensor, name)
+    tensor.name = name
+    list[#list + 1] = tensor
   end)
+  return list
+end
+
+--- Puts a tensor where another one stands, under each of its names (tied ones have several).
+-- @param old wane.Tensor
+-- @param new wane.Tensor
+function Model:replace_parameter(old, new)
+  for _, m in self:modules() do
+    for _, p in ipairs(m:own_parameters()) do if p.value == old then m[p.name] = new end end
+  end
+end
+
+--- Makes parameters of the model itself leaves, as f32 copies: float ones whose path matches. Quantized ones cannot be trained.
+-- @param wanted string|function a Lua pattern of paths ("norm"), "1-d" for vectors alone (norms and biases: the GPT-J 8-bit recipe), or
+--   function(path, tensor) -> boolean
+-- @return integer how many were chosen; 0 changes nothing
+function Model:train_parameters(wanted)
+  local function matches(path, tensor)
+    if type(wanted) == "function" then return wanted(path, tensor) end
+    if wanted == "1-d" then return tensor:dim() == 1 end
+    return path:find(wanted) ~= nil
+  end
+  local chosen, order = {}, {}
+  for path, tensor in self:parameters() do
+    if not chosen[tensor] and matches(path, tensor) then
+      if tensor:is_float() then
+        chosen[tensor] = true
+        order[#order + 1] = tensor
+      elseif type(wanted) ~= "function" and wanted ~= "1-d" then
+        core.raise("train_parameters: '%s' is %s, which cannot be trained: expected f32, f16 or bf16", path, tensor:dtype())
+      end
+    end
+  end
+  for _, old in ipairs(order) do
+    local new = F.outside_scopes(F.cast, old, C.WANE_F32)
+    self:replace_parameter(old, new)
+    old:close()
+    autograd.leaf(new)
+  end
+  return #order
+end
+
+--- No parameter of the model itself is a leaf any more; adapters stay what they are.
+function Model:freeze()
+  for _, tensor in self:parameters() do tensor.requires_grad, tensor.grad = nil, nil end
+end
+
+--- Recomputes layers in backward instead of keeping what is inside them: memory for about a third more time. Gradients are the same bits.
+-- @param on boolean
+-- @return wane.Model self
+function Model:checkpoint_layers(on)
+  self.checkpointing = on or nil
+  return self
 end
 
 --- Every Linear with its path.

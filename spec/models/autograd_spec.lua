@@ -1,5 +1,5 @@
--- The proof that training will fit: gradients through frozen NF4, FP4, int8 and blockwise weights, norms and the loss, by the tape,
--- against finite differences; and a few steps of gradient descent that lower the loss.
+-- wane.autograd itself: gradients through frozen NF4, FP4, int8 and blockwise weights, norms and the loss against finite differences; what
+-- a graph keeps and frees; checkpoints, hooks, anomalies. Gradients of whole models: gradients_spec.lua.
 local ffi = require "ffi"
 local core = require "wane.core"
 local F = require "wane.nn.functional"
@@ -33,8 +33,7 @@ local function check(frozen, norm)
   local x, weight, bias = random(1, 1, M, K), random(2, 0.1, K), random(3, 0.1, K)
   weight = F.binary_scalar(weight, 1, C.WANE_ADD)
   for _, leaf in ipairs { x, weight, bias } do autograd.leaf(leaf) end
-  local tape, loss = autograd.record(loss_of, x, weight, bias)
-  tape:backward(loss)
+  autograd.record(loss_of, x, weight, bias):backward()
   local worst = 0
   local leaves = norm == "rms" and { x, weight } or { x, weight, bias }
   for which, leaf in ipairs(leaves) do
@@ -60,7 +59,7 @@ local function check(frozen, norm)
   return worst
 end
 
-describe("the tape", function()
+describe("autograd", function()
   for _, kind in ipairs { "f32", "nf4", "nf4-dq", "fp4", "int8", "int8-blockwise" } do
     for _, norm in ipairs { "rms", "layer" } do
       it(("gradients through a frozen %s product, %s norm and the loss equal finite differences"):format(kind, norm), function()
@@ -82,11 +81,12 @@ describe("the tape", function()
     local losses = {}
     for step = 1, 8 do
       core.scope(function()
-        local tape, loss = autograd.record(function() return F.mean(F.nll(F.linear(x, w, b, C.WANE_COMPUTE_F32), labels)) end)
-        tape:backward(loss)
-        losses[step] = tonumber(F.read(loss, "float")[0])
+        local loss = autograd.record(function() return F.mean(F.nll(F.linear(x, w, b, C.WANE_COMPUTE_F32), labels)) end)
+        loss:backward()
+        losses[step] = loss:item()
         for _, p in ipairs { w, b } do
           F.copy(p, F.binary(p, F.binary_scalar(p.grad, 0.5, C.WANE_MUL), C.WANE_SUB))
+          p.grad:close()
           p.grad = nil
         end
       end)
@@ -94,10 +94,145 @@ describe("the tape", function()
     assert.is_true(losses[8] < 0.3 * losses[1], ("%g -> %g"):format(losses[1], losses[8]))
   end)
 
-  it("records nothing for what leads to no leaf, and says so", function()
-    local tape, loss = autograd.record(function() return F.mean(random(1, 1, 4)) end)
-    assert.equal(0, #tape.entries)
-    assert.has_error(function() tape:backward(loss) end)
+  it("records nothing unless asked, and under no_grad nothing at all", function()
+    local w = autograd.leaf(random(1, 1, 4))
+    local function loss() return F.mean(w) end
+    for _, value in ipairs { loss(), autograd.no_grad(loss), autograd.no_grad(autograd.record, loss),
+      autograd.record(function() return F.mean(random(2, 1, 4)) end),
+      autograd.record(function() return F.mean(w:detach()) end) } do
+      assert.is_nil(rawget(value, "node"))
+      assert.error_matches(function() value:backward() end, "nothing that requires a gradient led to this tensor")
+    end
+  end)
+
+  it("asks for floats, for one value, and for a graph that has not run yet", function()
+    assert.error_matches(function() autograd.leaf(labels) end, "a i32 tensor cannot have a gradient")
+    assert.error_matches(function() autograd.leaf(3) end, "expected a Tensor, found a number")
+    local w = autograd.leaf(random(1, 1, 4))
+    local y = autograd.record(F.scale, w, 2)
+    assert.error_matches(function() y:backward() end, "more than one value")
+    y:backward(wane.tensor { 1, 2, 3, 4 })
+    assert.same({ 2, 4, 6, 8 }, w.grad:totable())
+    assert.error_matches(function() y:backward(wane.tensor { 1, 2, 3, 4 }) end, "has run backward already")
+  end)
+
+  it("adds up over uses, over broadcasts and over calls; half-wide gradients too", function()
+    local w, b = autograd.leaf(wane.tensor { { 1, 2 }, { 3, 4 } }), autograd.leaf(wane.tensor { 10, 20 })
+    for _ = 1, 2 do
+      local loss = autograd.record(function()
+        local x = F.add(F.binary(w, w, C.WANE_MUL), b)                   -- w^2 + b
+        return F.mean(F.add(x, F.cast(F.cast(x, C.WANE_BF16), C.WANE_F32)))
+      end)
+      loss:backward()
+    end
+    assert.same({ { 2, 4 }, { 6, 8 } }, w.grad:totable())                -- 2 calls * 2 uses * 2 w / 4
+    assert.same({ 2, 2 }, b.grad:totable())
+    assert.equal("f32", w.grad:dtype())
+  end)
+
+  it("quotients and differences have gradients", function()
+    local a, b = autograd.leaf(wane.tensor { 6, 8 }), autograd.leaf(wane.tensor { 2, 4 })
+    autograd.record(function() return F.sum(F.binary(F.binary(a, b, C.WANE_DIV), F.binary(a, b, C.WANE_SUB), C.WANE_MUL), 0) end):backward()
+    -- d/da (a/b)(a-b) = (a-b)/b + a/b;  d/db = -a(a-b)/b^2 - a/b
+    assert.same({ 5, 3 }, a.grad:totable())
+    assert.same({ -9, -4 }, b.grad:totable())
+  end)
+
+  it("tensors' own arithmetic, products, sums and means have gradients while recording", function()
+    local a, b = autograd.leaf(wane.tensor { { 1, 2 }, { 3, 4 } }), autograd.leaf(wane.tensor { { 1, 0 }, { 2, 1 } })
+    autograd.record(function() return ((2 * a - 1):matmul(b):square() / 2):sum(2):mean() - b:sum() end):backward()
+    -- y = (2a - 1) b = {{7, 3}, {19, 7}}; d/dy = y / 2; da = y bT; db = (2a - 1)T y / 2 - 1
+    assert.same({ { 7, 17 }, { 19, 45 } }, a.grad:totable())
+    assert.same({ { 50, 18 }, { 76, 28 } }, b.grad:totable())
+  end)
+
+  it("parts of a split give one gradient, whichever of them are used", function()
+    local x = autograd.leaf(wane.tensor { { 1, 2, 3, 4, 5, 6 } })
+    autograd.record(function()
+      local y = F.scale(x, 1)
+      local a, _, c = F.split(y, 1, { 1, 2, 3 })
+      return F.add(F.sum(F.sum(F.binary(c, a, C.WANE_MUL), 1), 0), F.sum(F.sum(y, 1), 0))
+    end):backward()
+    assert.same({ { 16, 1, 1, 2, 2, 2 } }, x.grad:totable())
+  end)
+
+  it("frees what it made as it unwinds, keeps the loss and what it is told to keep", function()
+    local w = autograd.leaf(random(1, 1, 64, 64))
+    local kept, lost
+    local loss = autograd.record(function()
+      lost = F.scale(w, 2)
+      kept = F.scale(lost, 2):keep()
+      return F.mean(kept)
+    end)
+    loss:backward()
+    assert.is_number(loss:item())
+    assert.equal(64, kept:shape()[1])
+    assert.error_matches(function() lost:shape() end, "freed")
+  end)
+
+  it("tells hooks the gradient, of leaves and of what lies between", function()
+    local w, seen = autograd.leaf(wane.tensor { 1, 2 }), {}
+    local loss = autograd.record(function()
+      local y = F.scale(w, 3)
+      autograd.on_gradient(y, function(g) seen.y = g:totable() end)
+      autograd.on_gradient(w, function(g) seen.w = g:totable() end)
+      return F.sum(y, 0)
+    end)
+    loss:backward()
+    assert.same({ y = { 1, 1 }, w = { 3, 3 } }, seen)
+  end)
+
+  it("in anomaly mode names the op of the first value, or gradient, that is not finite", function()
+    autograd.anomaly = true
+    local w = autograd.leaf(wane.tensor { -1, 4 })
+    local ok, message = pcall(autograd.record, function() return F.sum(F.scale(F.unary(w, C.WANE_LOG), 2), 0) end)
+    assert.is_false(ok)
+    assert.matches("'unary' gave the first value that is not finite", message)
+    local zero = autograd.leaf(wane.tensor { 0, 4 })
+    local loss = autograd.record(function() return F.sum(F.unary(zero, C.WANE_SQRT), 0) end)
+    ok, message = pcall(loss.backward, loss)
+    autograd.anomaly = false
+    assert.is_false(ok)
+    assert.matches("backward of 'unary' gave the first gradient that is not finite", message)
+    autograd.record(function() return F.mean(w) end):backward()           -- and works again
+    assert.same({ 0.5, 0.5 }, w.grad:totable())
+  end)
+
+  it("a checkpoint gives the same bits with dropout in it, and reaches what it was not told of", function()
+    local x0, w, hidden = random(5, 1, M, K), random(6, 0.3, K, K), random(8, 1, M, K)
+    local function run(checkpointed)
+      local weight, side = autograd.leaf(w:clone()), autograd.leaf(hidden:clone())
+      autograd.seed(7, 3)
+      local loss = autograd.record(function()
+        local outer = F.scale(side, 2)                                    -- reached from inside the block alone
+        local function block(x) return F.add(F.dropout(F.linear(x, weight, nil, C.WANE_COMPUTE_F32), 0.25), outer) end
+        local x = x0
+        for _ = 1, 3 do x = checkpointed and autograd.checkpoint(block, x) or block(x) end
+        return F.mean(F.unary(x, C.WANE_SQUARE))
+      end)
+      loss:backward()
+      return { loss:item(), weight.grad:totable(), side.grad:totable() }, weight.grad:totable()[1][1]
+    end
+    local plain, value = run(false)
+    assert.is_true(value ~= 0)
+    assert.same(plain, (run(true)))
+    local calls = 0
+    autograd.record(function() return autograd.checkpoint(function(x) calls = calls + 1 return F.mean(x) end, autograd.leaf(random(1, 1, 4))) end):backward()
+    assert.equal(2, calls)
+  end)
+
+  it("dropout keeps its share, and drops nothing where nothing is recorded", function()
+    local x = autograd.leaf(wane.ones(100, 100))
+    assert.equal(x, F.dropout(x, 0.5))
+    autograd.seed(1)
+    local a = autograd.record(F.dropout, x, 0.25)
+    local kept = a:ne(0):sum():item()
+    assert.is_true(math.abs(kept - 7500) < 200, tostring(kept))
+    assert.is_true(math.abs(a:max():item() - 4 / 3) < 1e-6)
+    local b = autograd.record(F.dropout, x, 0.25)
+    assert.is_false(a:equal(b))                                           -- each draw has numbers of its own
+    autograd.seed(1)
+    assert.is_true(a:equal(autograd.record(F.dropout, x, 0.25)))
   end)
 
   it("a step leaves memory where it was", function()
@@ -107,8 +242,8 @@ describe("the tape", function()
     local m = ffi.new "wane_memory"
     local function step()
       core.scope(function()
-        local tape, loss = autograd.record(loss_of, x, weight)
-        tape:backward(loss)
+        autograd.record(loss_of, x, weight):backward()
+        weight.grad:close()
         weight.grad = nil
       end)
     end
@@ -120,5 +255,34 @@ describe("the tape", function()
     core.wait()
     C.wane_memory_read(m)
     assert.equal(heap, tonumber(m.heap))
+  end)
+end)
+
+describe("the loss of a model", function()
+  local safetensors = require "spec.support.safetensors"
+
+  it("over masked labels and micro-batches equals torch's, value and gradient", function()
+    local fixture = safetensors.read "spec/fixtures/train/loss/masked.safetensors"
+    local shape = fixture.logits.shape
+    local A, B, T, V = unpack(shape)
+    local count = 0
+    for i = 0, A * B * T - 1 do if i % T > 0 and tonumber(fixture.labels.data[i]) ~= -100 then count = count + 1 end end
+    local cross_entropy = require("wane.loss").cross_entropy
+    -- A model whose head gives back what enters it.
+    local head = { out_features = V, modules = function() return function() end end }
+    local identity = { family = { head = "head" }, find = function() return head end, head = function(_, x) return x end }
+    local worst = 0
+    for a = 0, A - 1 do
+      local x = autograd.leaf(upload(fixture.logits.data + a * B * T * V, B * T * V, B * T, V))
+      local targets = ffi.new("int32_t[?]", B * T)
+      for b = 0, B - 1 do for t = 0, T - 1 do targets[b * T + t] = t + 1 < T and tonumber(fixture.labels.data[(a * B + b) * T + t + 1]) or -100 end end
+      local loss = autograd.record(cross_entropy, identity, x, F.upload(targets, C.WANE_I32, B * T * 4, B * T), 1 / count)
+      assert.is_true(math.abs(loss:item() - fixture.micro_losses.data[a]) <= 1e-6)
+      loss:backward()
+      local grad = F.read(x.grad, "float")
+      for i = 0, B * T * V - 1 do worst = math.max(worst, math.abs(grad[i] - fixture.grad_logits.data[a * B * T * V + i])) end
+    end
+    print(("  masked labels: largest difference of the gradient %.2g"):format(worst))
+    assert.is_true(worst <= 1e-6)
   end)
 end)

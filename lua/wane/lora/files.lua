@@ -197,7 +197,7 @@ local function plan_parts(config, found, sorted, requests, report)
     if held then
       local message = check_part(config, target, held, target.r)
       if message then return nil, message end
-      local part = { r = target.r, scale = target.scale, path = target.path, spelled = held.spelled }
+      local part = { r = target.r, scale = target.scale, dropout = config.lora_dropout, path = target.path, spelled = held.spelled }
       parts[target.path] = part
       for field, entry in pairs(held.entries) do requests[#requests + 1] = { entry = entry, dtype = "f32", into = part, field = field } end
     else

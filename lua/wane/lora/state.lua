@@ -3,6 +3,7 @@
 -- @module wane.lora.state
 local core = require "wane.core"
 local adapter_layer = require "wane.nn.adapter"
+local F = require "wane.nn.functional"
 
 local M = {}
 
@@ -204,6 +205,23 @@ function M.each_tensor(adapter, fn)
   for path, replaced in pairs(adapter.replaced) do
     for _, field in ipairs { "weight", "bias" } do if replaced[field] then fn(replaced[field], path, field, false) end end
   end
+end
+
+--- Makes an adapter's tensors leaves (wane.autograd), or no longer so. All of them are f32 from then on: trained weights are.
+-- @param name string
+-- @param on boolean
+function State:train(model, name, on)
+  local adapter = self:find(name)
+  M.each_tensor(adapter, function(tensor, path, field, is_part)
+    if on and tensor:dtype() ~= "f32" then
+      local holder = is_part and adapter.parts[path] or adapter.replaced[path]
+      holder[field] = F.outside_scopes(F.cast, tensor, core.C.WANE_F32)
+      tensor:close()
+      tensor = holder[field]
+    end
+    tensor.requires_grad, tensor.grad = on or nil, nil
+  end)
+  self:refresh(model)
 end
 
 --- Removes an adapter that is not in force and frees its tensors, but for those in `kept` (a set).

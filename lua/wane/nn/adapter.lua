@@ -1,13 +1,15 @@
 --- What low-rank adapters (LoRA, Hu et al. 2021) add to a Linear or an Embedding. A layer holds its active ones in `adapters`, a list
 -- of parts; a layer without any pays nothing. Which adapters there are is the business of wane.lora.
 --
--- A part: { name, r, scale, A, B, bias, magnitude }, tensors f32. Linear: A [r, in], B [out, r], bias [out] or nil (PEFT's lora_bias),
+-- A part: { name, r, scale, dropout, A, B, bias, magnitude }, tensors f32. Linear: A [r, in], B [out, r], bias [out] or nil (PEFT's lora_bias),
 -- magnitude [out] or nil (DoRA, Liu et al. 2024). Embedding: A [r, count], B [width, r], magnitude [width] or nil.
 --
 -- Plain: y = W x + bias + sum s·(B (A x) + bias_B). DoRA replaces W by f ∘ (W + s·B A), f = magnitude / |W + s·B A| by output: it adds
--- (f - 1) ∘ W x + f ∘ s·B (A x). Several active ones add up, each against the base weight alone.
+-- (f - 1) ∘ W x + f ∘ s·B (A x). Several active ones add up, each against the base weight alone. In training, dropout thins out the x
+-- that A sees, and the norm in f counts as a constant.
 -- Source: peft tuners/lora/layer.py, dora.py.
 -- @module wane.nn.adapter
+local autograd = require "wane.autograd"
 local core = require "wane.core"
 local F = require "wane.nn.functional"
 local Tensor = require "wane.tensor"
@@ -39,13 +41,22 @@ local function excess(layer, part, weight)
   end)
 end
 
+-- Numbers of the ops that wrote a part's tensors last: other ones after a training step.
+local function written(part)
+  local text = ""
+  for _, name in ipairs { "A", "B", "magnitude" } do
+    if part[name] then text = text .. tostring(part[name]:info().ticket) end
+  end
+  return text
+end
+
 -- The same for the layer's own weight, kept until the part or the weight changes: the norm costs a pass over the whole weight.
 local function kept_excess(layer, part)
-  local weight = layer.weight
-  if part.excess_of ~= weight or part.excess_scale ~= part.scale then
+  local weight, state = layer.weight, written(part)
+  if part.excess_of ~= weight or part.excess_scale ~= part.scale or part.excess_state ~= state then
     M.forget(part)
     part.excess = F.outside_scopes(excess, layer, part, weight)
-    part.excess_of, part.excess_scale = weight, part.scale
+    part.excess_of, part.excess_scale, part.excess_state = weight, part.scale, state
   end
   return part.excess
 end
@@ -57,7 +68,7 @@ function M.forget(part)
     if part[key] then part[key]:close() end
     part[key] = nil
   end
-  part.excess_of = nil
+  part.excess_of, part.rows_state = nil, nil
 end
 
 --- The whole change of a weight by a part, DoRA included: f32, shaped as the weight.
@@ -75,16 +86,30 @@ function M.change(layer, part, weight)
   end)
 end
 
+-- f - 1 with a gradient for the magnitude; the norm is a constant (Liu et al. 2024, section 4.3).
+local function trained_excess(layer, part)
+  local norm = autograd.no_grad(core.scope, function()
+    return (values(layer.weight) + M.delta(layer, part)):norm(2, is_embedding(layer) and 1 or 2)
+  end)
+  return F.binary_scalar(F.binary(part.magnitude, norm, C.WANE_DIV), -1, C.WANE_ADD)
+end
+
 -- y + what a part adds, given the base's result without bias and s·B (A x).
 local function joined(layer, part, y, base, u)
   if not part.magnitude then return F.add(y, u) end
-  local e = kept_excess(layer, part)
-  return y + (base + u) * e + u
+  local e = autograd.recording and trained_excess(layer, part) or kept_excess(layer, part)
+  return F.add(F.add(y, F.binary(F.add(base, u), e, C.WANE_MUL)), u)
 end
 
 local function has_dora(parts)
   for _, part in ipairs(parts) do if part.magnitude then return true end end
   return false
+end
+
+-- Parts that one op can add: neither DoRA nor biases, beside a weight that is not trained itself.
+local function are_plain(layer, parts)
+  for _, part in ipairs(parts) do if part.magnitude or part.bias then return false end end
+  return not (autograd.needs(layer.weight) or autograd.needs(rawget(layer, "bias")))
 end
 
 --- y of a Linear with active adapters.
@@ -95,11 +120,12 @@ end
 -- @return wane.Tensor [.., out]
 function M.linear(layer, parts, x, compute)
   local bias = rawget(layer, "bias")
+  if autograd.dropping and are_plain(layer, parts) then return F.linear_lora(x, layer.weight, bias, parts, compute, layer.threshold) end
   local late = bias and has_dora(parts)                    -- DoRA scales the product alone
   local base = F.linear(x, layer.weight, not late and bias or nil, compute, layer.threshold)
   local y = base
   for _, part in ipairs(parts) do
-    local u = F.linear(x, part.A, nil, EXACT)
+    local u = F.linear(F.dropout(x, part.dropout or 0), part.A, nil, EXACT)
     if part.bias then
       u = F.scale(F.linear(u, part.B, part.bias, EXACT), part.scale)
     else
@@ -150,7 +176,12 @@ end
 
 -- A's columns as rows, for looking ids up.
 local function rows_of(part)
-  part.rows = part.rows or F.outside_scopes(function() return part.A:t():clone() end)
+  if autograd.recording then return F.transpose(part.A) end
+  local state = written(part)
+  if part.rows_state ~= state then
+    M.forget(part)
+    part.rows, part.rows_state = F.outside_scopes(function() return part.A:t():clone() end), state
+  end
   return part.rows
 end
 
@@ -164,7 +195,8 @@ end
 function M.embedding(layer, parts, ids, base, dtype)
   local y = base
   for _, part in ipairs(parts) do
-    local u = F.linear(F.scale(F.embedding(rows_of(part), ids, dtype), part.scale), part.B, nil, EXACT)
+    local u = F.linear(F.scale(F.rows(rows_of(part), ids), part.scale), part.B, nil, EXACT)
+    if dtype ~= C.WANE_F32 then u = F.cast(u, dtype) end
     y = joined(layer, part, y, base, u)
   end
   return y

@@ -1,53 +1,86 @@
 --- The ops that layers are made of, as functions on Tensors: one FFI call each, which checks shapes, allocates the result and
--- enqueues. What each does, with its formula and source, is in core/include/wane.h.
+-- enqueues. What each does, with its formula and source, is in core/include/wane.h. Those with a gradient note it while wane.autograd records.
 -- @module wane.nn.functional
 local ffi = require "ffi"
+local autograd = require "wane.autograd"
 local core = require "wane.core"
 local Tensor = require "wane.tensor"
+local needs, push = autograd.needs, autograd.push
 local C, check, stream, wrap = core.C, core.check, core.stream, Tensor.wrap
 local handle = core.handle_type
 local info = core.info_type()
 
 local F = {}
 
---- The tape that records now (lua/wane/autograd.lua), or nil.
-F.tape = nil
-
 local function h(t) return t and t.h or nil end
 
--- Sum over all dimensions but the last `keep`: gradients of what was broadcast over rows.
-local function sum_rows(t, keep)
-  local shape = t:shape()
-  while #shape > keep do
-    local y = handle()
-    check(C.wane_reduce(stream(), y, t.h, C.WANE_SUM, 0, 0))
-    t = wrap(y)
-    table.remove(shape, 1)
+-- The result of a C function that fills one handle.
+local function one(fn, ...)
+  local y = handle()
+  check(fn(stream(), y, ...))
+  return wrap(y)
+end
+
+-- Does the op have to be noted?
+local function recording(a, b, c) return autograd.recording and (needs(a) or needs(b) or needs(c)) end
+
+-- Shape of t as a Lua list; sizes of dy summed down to it: the gradient of what was broadcast.
+local function sum_to(dy, shape)
+  local from = dy:shape()
+  while #from > #shape do
+    dy = one(C.wane_reduce, dy.h, C.WANE_SUM, 0, 0)
+    table.remove(from, 1)
   end
-  return t
+  for d = 1, #shape do
+    if shape[d] ~= from[d] then dy = one(C.wane_reduce, dy.h, C.WANE_SUM, d - 1, 1) end
+  end
+  return dy
 end
 
 --- [.., n] as [rows, n].
 local function rows_of(t) return F.view(t, -1, t:shape()[#t:shape()]) end
 
+-- dW [N, K] = dyᵀ x: a product with x's transpose for a weight, so that the fast kernels do it.
+local function weight_gradient(dy, x, compute)
+  local function columns(t) return F.cast(F.transpose(rows_of(t)), C.WANE_F32) end
+  return one(C.wane_linear, columns(dy).h, columns(x).h, nil, compute, -1)
+end
+
 --- x · Wᵀ + bias; see wane_linear. threshold: outlier threshold of LLM.int8(), below 0 for weight-only.
 function F.linear(x, weight, bias, compute, threshold)
-  local y = handle()
-  check(C.wane_linear(stream(), y, x.h, weight.h, h(bias), compute, threshold or -1))
-  local out = wrap(y)
-  local tape = F.tape
-  if not tape then return out end
-  return tape:push(out, { x, weight, bias, n = 3 }, function(dy)
-    local dx, dw, db
-    if tape:needs(x) then
-      local g = handle()
-      check(C.wane_linear_backward(stream(), g, dy.h, weight.h, compute))
-      dx = wrap(g)
-    end
-    if tape:needs(weight) then dw = F.matmul(F.transpose(rows_of(dy)), rows_of(x)) end   -- [N, M] · [M, K]
-    if tape:needs(bias) then db = sum_rows(rows_of(dy), 1) end
-    return dx, dw, db
+  local y = one(C.wane_linear, x.h, weight.h, h(bias), compute, threshold or -1)
+  if not recording(x, weight, bias) then return y end
+  return push("linear", y, { x, weight, bias, n = 3 }, function(dy)
+    return needs(x) and one(C.wane_linear_backward, dy.h, weight.h, compute) or nil,
+      needs(weight) and weight_gradient(dy, x, compute) or nil,
+      needs(bias) and sum_to(F.cast(dy, C.WANE_F32), bias:shape()) or nil
   end)
+end
+
+--- A frozen product with low-rank adapters beside it, as one op: y = x · Wᵀ + bias + sum over the parts of s·B (A drop(x)); see
+-- wane_lora_down and wane_lora_up. What is kept for backward are the narrow results of A alone.
+-- @param parts table[] { A [r, K], B [N, r], scale, dropout }
+function F.linear_lora(x, weight, bias, parts, compute, threshold)
+  local y = one(C.wane_linear, x.h, weight.h, h(bias), compute, threshold or -1)
+  local inputs, narrow, seeds = { x, n = 1 + 2 * #parts }, {}, {}
+  for i, part in ipairs(parts) do
+    inputs[2 * i], inputs[2 * i + 1] = part.A, part.B
+    seeds[i] = autograd.dropping and (part.dropout or 0) > 0 and autograd.next_seed() or nil
+    narrow[i] = one(C.wane_lora_down, x.h, part.A.h, part.scale, seeds[i] and part.dropout or 0, seeds[i] or 0, 0)
+    check(C.wane_lora_up(stream(), y.h, narrow[i].h, part.B.h))
+  end
+  if not autograd.recording then return y end
+  return push("linear_lora", y, inputs, function(dy)
+    local grads = { needs(x) and one(C.wane_linear_backward, dy.h, weight.h, compute) or nil }
+    for i, part in ipairs(parts) do
+      local du, dA, dB = handle(), handle(), handle()
+      check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, part.scale))
+      check(C.wane_lora_down_backward(stream(), h(grads[1]), dA, du, x.h, part.A.h, seeds[i] and part.dropout or 0, seeds[i] or 0, 0))
+      wrap(du)
+      grads[2 * i], grads[2 * i + 1] = wrap(dA), wrap(dB)
+    end
+    return unpack(grads, 1, inputs.n)
+  end, narrow)
 end
 
 --- Choices ids [M, k] sorted by expert; see wane_route. Returns source [M*k], place [M, k], bounds [experts + 1].
@@ -64,176 +97,255 @@ function F.linear_experts(x, bounds, weights, compute, threshold)
   local n = #weights
   if n > room then handles, room = weights_type(n), n end
   for e = 1, n do handles[e - 1] = weights[e].h end
-  local y = handle()
-  check(C.wane_linear_experts(stream(), y, x.h, bounds.h, handles, n, compute, threshold or -1))
-  return wrap(y)
+  local y = one(C.wane_linear_experts, x.h, bounds.h, handles, n, compute, threshold or -1)
+  if not autograd.recording then return y end
+  local inputs = { n = n + 1, x, unpack(weights, 1, n) }
+  return push("linear_experts", y, inputs, function(dy)
+    for e = 1, n do handles[e - 1] = weights[e].h end
+    local grads = { needs(x) and one(C.wane_linear_experts_backward, dy.h, bounds.h, handles, n, compute) or nil }
+    local any = false
+    for e = 1, n do any = any or needs(weights[e]) end
+    if any then
+      local dw = one(C.wane_experts_weight_backward, dy.h, x.h, bounds.h, n)               -- [experts, N, K]
+      for e = 1, n do grads[e + 1] = needs(weights[e]) and F.select(dw, 0, e - 1) or nil end
+    end
+    return unpack(grads, 1, n + 1)
+  end)
 end
 
 --- Rows of x [M, C] by index [..] (i32, i64) -> [.., C].
 function F.rows(x, index)
-  local y = handle()
-  check(C.wane_index_select(stream(), y, x.h, 0, index.h))
-  return wrap(y)
+  local y = one(C.wane_index_select, x.h, 0, index.h)
+  if not recording(x) then return y end
+  return push("rows", y, { x, n = 1 }, function(dy)
+    return F.cast(one(C.wane_scatter_add, dy.h, index.h, x:shape()[1]), x:info().dtype)
+  end)
 end
 
 --- Softmax over dimension `dim` (from 0).
 function F.softmax(x, dim)
-  local y = handle()
-  check(C.wane_softmax(stream(), y, x.h, dim, 0))
-  return wrap(y)
+  local y = one(C.wane_softmax, x.h, dim, 0)
+  if not recording(x) then return y end
+  return push("softmax", y, { x, n = 1 }, function(dy) return one(C.wane_softmax_backward, dy.h, y.h, dim) end)
 end
 
 --- The k largest of each row of x [M, N], in order, and their indices (i64): [M, k] each.
 function F.topk(x, k)
   local values, indices = handle(), handle()
   check(C.wane_topk(stream(), values, indices, x.h, k, 1, 1))
-  return wrap(values), wrap(indices)
+  values, indices = wrap(values), wrap(indices)
+  if not recording(x) then return values, indices end
+  return push("topk", values, { x, n = 1 }, function(dy) return one(C.wane_topk_backward, dy.h, indices.h, x:shape()[2]) end), indices
+end
+
+-- Matrices, or stacks of them, with the last two dimensions swapped.
+local function swap_last(t)
+  local n = #t:shape()
+  if n == 2 then return F.transpose(t) end
+  local order = {}
+  for i = 1, n do order[i] = i - 1 end
+  order[n - 1], order[n] = n - 1, n - 2
+  return F.permute(t, unpack(order))
 end
 
 --- Product of two matrices, or of two stacks of them.
 function F.matmul(a, b)
-  local y = handle()
-  check(C.wane_matmul(stream(), y, a.h, b.h))
-  return wrap(y)
+  local y = one(C.wane_matmul, a.h, b.h)
+  if not recording(a, b) then return y end
+  return push("matmul", y, { a, b, n = 2 }, function(dy)
+    return needs(a) and sum_to(F.matmul(dy, swap_last(b)), a:shape()) or nil, needs(b) and sum_to(F.matmul(swap_last(a), dy), b:shape()) or nil
+  end)
 end
 
-local swapped = ffi.new("int32_t[2]", 1, 0)
---- A view of a matrix with its dimensions swapped.
-function F.transpose(x)
-  local y = handle()
-  check(C.wane_view_permute(stream(), y, x.h, swapped))
-  return wrap(y)
+local order_array = ffi.new "int32_t[8]"
+--- A view with its dimensions (from 0) in another order: F.permute(x, 0, 2, 1, 3).
+function F.permute(x, ...)
+  local n, back = select("#", ...), {}
+  for i = 1, n do
+    local d = (select(i, ...))
+    order_array[i - 1], back[d + 1] = d, i - 1
+  end
+  local y = one(C.wane_view_permute, x.h, order_array)
+  if not recording(x) then return y end
+  return push("permute", y, { x, n = 1 }, function(dy) return F.permute(dy, unpack(back, 1, n)) end)
 end
+
+--- A view of a matrix with its dimensions swapped.
+function F.transpose(x) return F.permute(x, 1, 0) end
 
 --- Rows of a table for ids, as dtype number `dtype`.
 function F.embedding(table_, ids, dtype)
-  local y = handle()
-  check(C.wane_embedding(stream(), y, table_.h, ids.h, dtype))
-  return wrap(y)
+  local y = one(C.wane_embedding, table_.h, ids.h, dtype)
+  if not recording(table_) then return y end
+  return push("embedding", y, { table_, n = 1 }, function(dy) return one(C.wane_scatter_add, dy.h, ids.h, table_:shape()[1]) end)
 end
 
 --- x / rms(x) * (weight + offset) over the last dimension; weight may be nil.
 function F.rms_norm(x, weight, eps, offset)
-  local y = handle()
-  check(C.wane_rms_norm(stream(), y, x.h, h(weight), eps, offset or 0))
-  local out = wrap(y)
-  if not F.tape then return out end
-  return F.tape:push(out, { x, weight, n = 2 }, function(dy)
-    local dx, dw = handle(), handle()
-    check(C.wane_rms_norm_backward(stream(), dx, dw, dy.h, x.h, h(weight), eps, offset or 0))
-    return wrap(dx), weight and wrap(dw)
+  offset = offset or 0
+  local y = one(C.wane_rms_norm, x.h, h(weight), eps, offset)
+  if not recording(x, weight) then return y end
+  return push("rms_norm", y, { x, weight, n = 2 }, function(dy)
+    local dx, dw = handle(), needs(weight) and handle() or nil
+    check(C.wane_rms_norm_backward(stream(), dx, dw, dy.h, x.h, h(weight), eps, offset))
+    return wrap(dx), dw and wrap(dw)
   end)
 end
 
 --- (x - mean) / deviation * weight + bias over the last dimension; weight and bias may be nil.
 function F.layer_norm(x, weight, bias, eps)
-  local y = handle()
-  check(C.wane_layer_norm(stream(), y, x.h, h(weight), h(bias), eps))
-  local out = wrap(y)
-  if not F.tape then return out end
-  return F.tape:push(out, { x, weight, bias, n = 3 }, function(dy)
-    local dx, dw, db = handle(), handle(), handle()
+  local y = one(C.wane_layer_norm, x.h, h(weight), h(bias), eps)
+  if not recording(x, weight, bias) then return y end
+  return push("layer_norm", y, { x, weight, bias, n = 3 }, function(dy)
+    local dx, dw, db = handle(), (needs(weight) or needs(bias)) and handle() or nil, needs(bias) and handle() or nil
     check(C.wane_layer_norm_backward(stream(), dx, dw, db, dy.h, x.h, h(weight), eps))
-    return wrap(dx), weight and wrap(dw), bias and wrap(db)
+    return wrap(dx), dw and wrap(dw), db and wrap(db)
   end)
 end
 
---- Rotary embedding of x [B, T, H, D].
-function F.rope(x, inv_freq, positions, start, scale, interleaved)
-  local y = handle()
-  check(C.wane_rope(stream(), y, x.h, inv_freq.h, h(positions), start, scale, interleaved and 1 or 0))
-  return wrap(y)
+--- Rotary embedding of x [B, T, H, D]. `negative` holds -inv_freq: turning back is the gradient of turning.
+function F.rope(x, inv_freq, positions, start, scale, interleaved, negative)
+  local y = one(C.wane_rope, x.h, inv_freq.h, h(positions), start, scale, interleaved and 1 or 0)
+  if not recording(x) then return y end
+  return push("rope", y, { x, n = 1 }, function(dy)
+    return one(C.wane_rope, dy.h, negative.h, h(positions), start, scale, interleaved and 1 or 0)
+  end)
 end
 
 --- Writes x [B, T, H, D] into cache [B, H, capacity, D] from time `start` on.
 function F.kv_append(cache, x, start) check(C.wane_kv_append(stream(), cache.h, x.h, start)) end
 
 local options = ffi.new "wane_attention_options"
---- Attention of q [B, T, H, D] over a cache; o: scale, softcap, q_start, kv_length, window, causal, key_mask, bias.
-function F.attention(q, k, v, o)
+local function attention_options(o)
   options.scale, options.softcap = o.scale or 0, o.softcap or 0
   options.q_start, options.kv_length = o.q_start, o.kv_length
   options.window, options.causal = o.window or 0, o.causal == false and 0 or 1
-  local y = handle()
-  check(C.wane_attention(stream(), y, q.h, k.h, v.h, h(o.key_mask), h(o.bias), options))
-  return wrap(y)
+  return options
+end
+
+--- Attention of q [B, T, H, D] over k, v [B, KV, keys, D]; o: scale, softcap, q_start, kv_length, window, causal, key_mask, bias.
+function F.attention(q, k, v, o)
+  return one(C.wane_attention, q.h, k.h, v.h, h(o.key_mask), h(o.bias), attention_options(o))
+end
+
+--- The same for whole sequences, with a gradient: q [B, T, H, D], k and v [B, S, KV, D].
+-- @param o table as attention's, and first = i32 [B, T]: the first key that each row may see (packed samples)
+function F.attend(q, k, v, o)
+  local function keys_first(t) return one(C.wane_view_permute, t.h, ffi.new("int32_t[4]", 0, 2, 1, 3)) end
+  local kh, vh = keys_first(k), keys_first(v)
+  if not (o.first or recording(q, k, v) or recording(o.bias)) then return F.attention(q, kh, vh, o) end
+  local y, lse = handle(), handle()
+  check(C.wane_attention_train(stream(), y, lse, q.h, kh.h, vh.h, h(o.key_mask), h(o.bias), h(o.first), attention_options(o)))
+  y, lse = wrap(y), wrap(lse)
+  if not recording(q, k, v) and not recording(o.bias) then return y end
+  return push("attention", y, { q, k, v, o.bias, n = 4 }, function(dy)
+    local dq, dk, dv, dbias = handle(), handle(), handle(), needs(o.bias) and handle() or nil
+    check(C.wane_attention_backward(stream(), dq, dk, dv, dbias, dy.h, y.h, lse.h, q.h, kh.h, vh.h, h(o.key_mask), h(o.bias), h(o.first),
+      attention_options(o)))
+    return wrap(dq), wrap(dk), wrap(dv), dbias and wrap(dbias)
+  end, { lse, kh, vh })
 end
 
 --- act(gate) * up; act is one of F.acts.
 function F.glu(gate, up, act)
-  local y = handle()
-  check(C.wane_glu(stream(), y, gate.h, up.h, act))
-  return wrap(y)
+  local y = one(C.wane_glu, gate.h, up.h, act)
+  if not recording(gate, up) then return y end
+  return push("glu", y, { gate, up, n = 2 }, function(dy)
+    local dgate, dup = handle(), handle()
+    check(C.wane_glu_backward(stream(), dgate, dup, dy.h, gate.h, up.h, act))
+    return wrap(dgate), wrap(dup)
+  end)
 end
 
 --- A unary op by its code: C.WANE_NEG …
 function F.unary(x, op)
-  local y = handle()
-  check(C.wane_unary(stream(), y, x.h, op))
-  return wrap(y)
+  local y = one(C.wane_unary, x.h, op)
+  if not recording(x) then return y end
+  return push("unary", y, { x, n = 1 }, function(dy) return one(C.wane_unary_backward, dy.h, x.h, op) end)
 end
 
---- a op b, broadcast, by the op's code: C.WANE_ADD …
+--- Keeps each value with probability 1 - p, times 1 / (1 - p), while autograd records; else x itself.
+function F.dropout(x, p)
+  if p == 0 or not autograd.dropping then return x end
+  local seed = autograd.next_seed()
+  local y = one(C.wane_dropout, x.h, p, seed, 0)
+  if not recording(x) then return y end
+  return push("dropout", y, { x, n = 1 }, function(dy) return one(C.wane_dropout, dy.h, p, seed, 0) end)
+end
+
+-- Gradients of a op b: functions of (dy, a, b).
+local binary_gradients = {
+  [C.WANE_ADD] = function(dy) return dy, dy end,
+  [C.WANE_SUB] = function(dy) return dy, F.binary_scalar(dy, -1, C.WANE_MUL) end,
+  [C.WANE_MUL] = function(dy, a, b) return F.binary(dy, b, C.WANE_MUL), F.binary(dy, a, C.WANE_MUL) end,
+  [C.WANE_DIV] = function(dy, a, b)
+    local da = F.binary(dy, b, C.WANE_DIV)
+    return da, F.binary_scalar(F.binary(F.binary(da, a, C.WANE_MUL), b, C.WANE_DIV), -1, C.WANE_MUL)
+  end,
+}
+
+--- a op b, broadcast, by the op's code: C.WANE_ADD … Sums, differences, products and quotients have gradients.
 function F.binary(a, b, op)
-  local y = handle()
-  check(C.wane_binary(stream(), y, a.h, b.h, op))
-  return wrap(y)
+  local y = one(C.wane_binary, a.h, b.h, op)
+  if not recording(a, b) then return y end
+  local gradients = binary_gradients[op] or core.raise("binary: op %d has no gradient", op)
+  return push("binary", y, { a, b, n = 2 }, function(dy)
+    local da, db = gradients(dy, a, b)
+    return needs(a) and sum_to(da, a:shape()) or nil, needs(b) and sum_to(db, b:shape()) or nil
+  end)
 end
 
 --- a op value, or value op a when `reversed`.
 function F.binary_scalar(a, value, op, reversed)
-  local y = handle()
-  check(C.wane_binary_scalar(stream(), y, a.h, value, op, reversed and 1 or 0))
-  return wrap(y)
+  local y = one(C.wane_binary_scalar, a.h, value, op, reversed and 1 or 0)
+  if not recording(a) then return y end
+  return push("binary_scalar", y, { a, n = 1 }, function(dy)
+    if op == C.WANE_ADD or (op == C.WANE_SUB and not reversed) then return dy end
+    if op == C.WANE_SUB then return F.scale(dy, -1) end
+    if op == C.WANE_MUL then return F.scale(dy, value) end
+    if op == C.WANE_DIV and not reversed then return F.scale(dy, 1 / value) end
+    core.raise("binary_scalar: op %d with a number has no gradient", op)
+  end)
 end
 
---- a + b. Equal shapes, or b repeats along a; then b must need no gradient.
-function F.add(a, b)
-  local out = F.binary(a, b, C.WANE_ADD)
-  return F.tape and F.tape:push(out, { a, b }, function(dy) return dy, dy end) or out
-end
+--- a + b. Equal shapes, or one repeats along the other.
+function F.add(a, b) return F.binary(a, b, C.WANE_ADD) end
 
 --- x * factor, a number.
-function F.scale(x, factor)
-  local out = F.binary_scalar(x, factor, C.WANE_MUL)
-  return F.tape and F.tape:push(out, { x }, function(dy) return F.scale(dy, factor) end) or out
-end
+function F.scale(x, factor) return F.binary_scalar(x, factor, C.WANE_MUL) end
 
 --- cap * tanh(x / cap): Gemma 2's soft cap of logits.
 function F.softcap(x, cap) return F.scale(F.unary(F.scale(x, 1 / cap), C.WANE_TANH), cap) end
 
---- Sum over dimension `dim` (from 0), which stays with size 1.
-function F.sum(x, dim)
-  local y = handle()
-  check(C.wane_reduce(stream(), y, x.h, C.WANE_SUM, dim, 1))
-  return wrap(y)
-end
+-- dy, of size 1 in the dimensions that were summed, repeated over x's shape.
+local function spread(dy, x) return F.binary(F.binary_scalar(x, 0, C.WANE_MUL), dy, C.WANE_ADD) end
 
---- Mean of all elements, a single value.
-function F.mean(x)
-  local y = handle()
-  check(C.wane_reduce(stream(), y, x.h, C.WANE_MEAN, -1, 0))
-  local out = wrap(y)
-  if not F.tape then return out end
-  return F.tape:push(out, { x }, function(dy)
-    core.check(C.wane_tensor_info(x.h, info))
-    local zeros = F.binary_scalar(x, 0, C.WANE_MUL)
-    return F.add(zeros, F.binary_scalar(dy, 1 / tonumber(info.numel), C.WANE_MUL))
+--- Sum or mean (C.WANE_SUM, C.WANE_MEAN) over dimension `dim` (from 0; -1: over everything), which stays with size 1 where `keep`.
+function F.reduce(x, op, dim, keep)
+  local y = one(C.wane_reduce, x.h, op, dim, keep and 1 or 0)
+  if not recording(x) then return y end
+  return push(op == C.WANE_SUM and "sum" or "mean", y, { x, n = 1 }, function(dy)
+    local shape, kept = x:shape(), {}
+    for d = 1, #shape do kept[d] = (dim == -1 or d == dim + 1) and 1 or shape[d] end
+    if op == C.WANE_MEAN then dy = F.scale(dy, dim == -1 and 1 / x:numel() or 1 / shape[dim + 1]) end
+    return spread(F.view(dy, unpack(kept)), x)
   end)
 end
 
---- cond ? a : b, broadcast.
-function F.where(cond, a, b)
-  local y = handle()
-  check(C.wane_where(stream(), y, cond.h, a.h, b.h))
-  return wrap(y)
-end
+--- Sum over dimension `dim` (from 0), which stays with size 1.
+function F.sum(x, dim) return F.reduce(x, C.WANE_SUM, dim, true) end
+
+--- Mean of all elements, a single value.
+function F.mean(x) return F.reduce(x, C.WANE_MEAN, -1, false) end
+
+--- cond ? a : b, broadcast. No gradient.
+function F.where(cond, a, b) return one(C.wane_where, cond.h, a.h, b.h) end
 
 --- A contiguous copy as dtype number `dtype`.
 function F.cast(x, dtype)
-  local y = handle()
-  check(C.wane_cast(stream(), y, x.h, dtype))
-  return wrap(y)
+  local y = one(C.wane_cast, x.h, dtype)
+  if not recording(x) then return y end
+  return push("cast", y, { x, n = 1 }, function(dy) return F.cast(dy, x:info().dtype) end)
 end
 
 --- dst[...] = src.
@@ -248,15 +360,10 @@ end
 
 --- -log softmax(logits)[label] of each row.
 function F.nll(logits, labels, ignore_index)
-  local y = handle()
-  check(C.wane_nll(stream(), y, logits.h, labels.h, ignore_index or -100))
-  local out = wrap(y)
-  if not F.tape then return out end
-  return F.tape:push(out, { logits }, function(dy)
-    local d = handle()
-    check(C.wane_nll_backward(stream(), d, logits.h, labels.h, dy.h, ignore_index or -100))
-    return wrap(d)
-  end)
+  ignore_index = ignore_index or -100
+  local y = one(C.wane_nll, logits.h, labels.h, ignore_index)
+  if not recording(logits) then return y end
+  return push("nll", y, { logits, n = 1 }, function(dy) return one(C.wane_nll_backward, logits.h, labels.h, dy.h, ignore_index) end)
 end
 
 --- [1, count]: start, start + 1 … as dtype number `dtype`.
@@ -274,20 +381,77 @@ function F.cumsum(x, dim)
 end
 
 local sizes = ffi.new "int64_t[8]"
+local function reshape(x, n, a, b, c, d)
+  sizes[0], sizes[1], sizes[2], sizes[3] = a, b or 0, c or 0, d or 0
+  return one(C.wane_view_reshape, x.h, n, sizes)
+end
+
 --- A view of x with the given sizes (one may be -1).
 function F.view(x, a, b, c, d)
   local n = d and 4 or c and 3 or b and 2 or 1
-  sizes[0], sizes[1], sizes[2], sizes[3] = a, b or 0, c or 0, d or 0
-  local y = handle()
-  check(C.wane_view_reshape(stream(), y, x.h, n, sizes))
-  return wrap(y)
+  local y = reshape(x, n, a, b, c, d)
+  if not recording(x) then return y end
+  return push("view", y, { x, n = 1 }, function(dy)
+    if not dy:is_contiguous() then dy = F.cast(dy, dy:info().dtype) end
+    local shape = x:shape()
+    return F.view(dy, unpack(shape))
+  end)
 end
+
+local function narrow(x, dim, start, length) return one(C.wane_view_narrow, x.h, dim, start, length, 1) end
 
 --- A view of `length` elements of dimension `dim` from `start` on; both count from 0 here.
 function F.narrow(x, dim, start, length)
-  local y = handle()
-  check(C.wane_view_narrow(stream(), y, x.h, dim, start, length, 1))
-  return wrap(y)
+  local y = narrow(x, dim, start, length)
+  if not recording(x) then return y end
+  return push("narrow", y, { x, n = 1 }, function(dy)
+    local shape = x:shape()
+    if shape[dim + 1] == length then return dy end
+    local dx = F.zeros(dy:info().dtype, unpack(shape))
+    F.copy(narrow(dx, dim, start, length), dy)
+    return dx
+  end)
+end
+
+--- Views of several stretches of dimension `dim`, one behind the other; their gradients become one tensor, not one each.
+-- @param x wane.Tensor
+-- @param dim integer from 0
+-- @param lengths integer[] together at most x's size
+-- @return wane.Tensor …
+function F.split(x, dim, lengths)
+  local out, from = {}, 0
+  for i, length in ipairs(lengths) do
+    out[i] = narrow(x, dim, from, length)
+    from = from + length
+  end
+  if not recording(x) then return unpack(out) end
+  -- The first part that is taken backward makes the whole gradient, and the others write theirs into it while it waits for x.
+  local whole
+  for i = 1, #lengths do
+    local start = 0
+    for k = 1, i - 1 do start = start + lengths[k] end
+    push("split", out[i], { x, n = 1 }, function(dy)
+      if not whole or not rawget(x, "node") or x.node.grad ~= whole then
+        whole = F.zeros(dy:info().dtype, unpack(x:shape()))
+        F.copy(narrow(whole, dim, start, lengths[i]), dy)
+        return whole
+      end
+      F.copy(narrow(whole, dim, start, lengths[i]), dy)
+    end)
+  end
+  return unpack(out)
+end
+
+--- One index (from 0) of dimension `dim` (from 0): a view with a dimension less. No gradient.
+function F.select(x, dim, index) return one(C.wane_view_select, x.h, dim, index) end
+
+--- Zeros in the current scope.
+function F.zeros(dtype, ...)
+  local n = select("#", ...)
+  for i = 1, n do sizes[i - 1] = (select(i, ...)) end
+  local y = one(C.wane_tensor_new, dtype, n, sizes)
+  check(C.wane_fill(stream(), y.h, 0))
+  return y
 end
 
 --- An uninitialised tensor outside the pool and outside any scope (weights, caches): the collector or close() frees it.
@@ -336,6 +500,10 @@ function F.read(t, ctype)
   check(C.wane_tensor_read(stream(), t.h, out, bytes))
   return out, count
 end
+
+--- Would an op on these be noted? For wane.Tensor's methods, which then take the ops here.
+F.is_recorded = recording
+Tensor.functional = F
 
 --- Activation names of config files -> unary op codes (transformers activations.py).
 F.acts = {

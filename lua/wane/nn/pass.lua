@@ -1,6 +1,7 @@
 --- One pass through a model: everything that a forward needs and a model file need not know: positions, masks, the key-value cache,
 -- dtypes. Layers ask it for heads, rotation and attention.
 -- @module wane.nn.pass
+local autograd = require "wane.autograd"
 local core = require "wane.core"
 local F = require "wane.nn.functional"
 local C = core.C
@@ -58,6 +59,8 @@ end
 ---@field tail_rows integer|nil only this many last rows are wanted from the head
 ---@field source wane.Pass|nil what an encoder-decoder's decoder attends to: the encoder's pass, finished, its result in `states`
 ---@field states wane.Tensor|nil [batch, time, C] of a finished encoder pass
+---@field first wane.Tensor|nil i32 [batch, time]: the first key (absolute time) that each row may see: samples packed into a row
+---@field checkpointing boolean|nil while recording, keep what enters each layer alone and run the layer again for its gradient
 local Pass = {}
 Pass.__index = Pass
 
@@ -81,17 +84,14 @@ function Pass:heads(n, x) return F.view(x, self.batch, self.time, n, -1) end
 -- @param groups integer
 -- @param ... integer heads of each part in a group
 function Pass:split(x, width, groups, ...)
-  local parts, heads, out, from = { ... }, 0, {}, 0
+  local parts, heads = { ... }, 0
   for _, n in ipairs(parts) do heads = heads + n end
-  local whole = groups == 1 and F.view(x, self.batch, self.time, heads, width) or F.view(x, self.batch, self.time, groups, heads * width)
+  if groups == 1 then return F.split(F.view(x, self.batch, self.time, heads, width), 2, parts) end
+  local widths = {}
+  for i, n in ipairs(parts) do widths[i] = n * width end
+  local out = { F.split(F.view(x, self.batch, self.time, groups, heads * width), 3, widths) }
   for i, n in ipairs(parts) do
-    if groups == 1 then
-      out[i] = F.narrow(whole, 2, from, n)
-    else
-      out[i] = F.narrow(whole, 3, from * width, n * width)
-      if n > 1 then out[i] = F.view(F.cast(out[i], self.dtype), self.batch, self.time, groups * n, width) end
-    end
-    from = from + n
+    if n > 1 then out[i] = F.view(F.cast(out[i], self.dtype), self.batch, self.time, groups * n, width) end
   end
   return unpack(out)
 end
@@ -107,33 +107,35 @@ end
 --- q and k turned to their positions.
 function Pass:rotary(rotary, q, k) return rotary:rotate(q, self), rotary:rotate(k, self) end
 
--- The cache of this pass, or one for this attention alone.
-local function cache_of(self)
-  self.attentions = self.attentions + 1
-  return self.cache or M.cache(self.batch, self.time, C.WANE_F32)
+-- What F.attention is told of a pass over `length` keys.
+local function settings(self, length, key_mask, causal, o)
+  o = o or {}
+  return { q_start = self.start, kv_length = length, key_mask = key_mask, causal = causal,
+    window = o.window, scale = o.scale, softcap = o.softcap, bias = o.bias }
 end
 
--- Attention over what a layer of the cache holds; [B, T, H*D].
-local function over(self, layer, q, length, key_mask, causal, o)
-  local y = F.attention(q, layer.k, layer.v, {
-    q_start = self.start, kv_length = length, key_mask = key_mask, causal = causal,
-    window = o and o.window, scale = o and o.scale, softcap = o and o.softcap, bias = o and o.bias,
-  })
-  if not self.cache then
-    layer.k:close()
-    layer.v:close()
-  end
-  return F.view(y, self.batch, self.time, -1)
+-- The layer of the cache that belongs to the attention running now, or nil where it is the first pass; and its number.
+local function next_layer(self)
+  self.attentions = self.attentions + 1
+  return self.cache[self.attentions], self.attentions
 end
 
 --- Attention of q [B, T, H, D] over all keys so far, k and v [B, T, KV, D] joining the cache first. Returns [B, T, H*D].
 -- @param o table|nil { window, scale, softcap, bias, causal }
 function Pass:attend(q, k, v, o)
-  local cache, i = cache_of(self), self.attentions
-  local layer = cache[i] or new_layer(cache, k, cache.capacity)
-  cache[i] = layer
-  append(layer, k, v, self.start)
-  return over(self, layer, q, self.start + self.time, self.key_mask, o and o.causal, o)
+  local how = settings(self, self.start + self.time, self.key_mask, o and o.causal, o)
+  local y
+  if self.cache then
+    local layer, i = next_layer(self)
+    layer = layer or new_layer(self.cache, k, self.cache.capacity)
+    self.cache[i] = layer
+    append(layer, k, v, self.start)
+    y = F.attention(q, layer.k, layer.v, how)
+  else
+    how.first = self.first
+    y = F.attend(q, k, v, how)
+  end
+  return F.view(y, self.batch, self.time, -1)
 end
 
 --- Attention of q [B, T, H, D] over every row of the source. Its keys and values are made once a sequence and stay in the cache.
@@ -141,20 +143,34 @@ end
 -- @param o table|nil { scale, softcap, bias }
 -- @return wane.Tensor [B, T, H*D]
 function Pass:attend_source(q, project, o)
-  local cache, i = cache_of(self), self.attentions
-  local layer = cache[i]
-  if not layer then
+  local how = settings(self, self.source.time, self.source.key_mask, false, o)
+  local y
+  if self.cache then
+    local layer, i = next_layer(self)
+    if not layer then
+      local k, v = project(self.source)
+      layer = new_layer(self.cache, k, self.source.time)
+      self.cache[i] = layer
+      append(layer, k, v, 0)
+    end
+    y = F.attention(q, layer.k, layer.v, how)
+  else
     local k, v = project(self.source)
-    layer = new_layer(cache, k, self.source.time)
-    cache[i] = layer
-    append(layer, k, v, 0)
+    y = F.attend(q, k, v, how)
   end
-  return over(self, layer, q, self.source.time, self.source.key_mask, false, o)
+  return F.view(y, self.batch, self.time, -1)
 end
 
 --- Runs a list of layers, x -> x, freeing each one's temporaries when it is done.
+-- While recording they are the graph's; with `checkpointing`, a layer's are made again for its gradient.
 -- @param ... what every layer is given behind the pass
 function Pass:through(layers, x, ...)
+  if autograd.recording then
+    for i = 1, #layers do
+      x = self.checkpointing and autograd.checkpoint(layers[i], x, self, ...) or layers[i](x, self, ...)
+    end
+    return x
+  end
   for i = 1, #layers do
     local before = x
     x = core.scope(layers[i], x, self, ...)

@@ -49,8 +49,8 @@ function RelativeBias:forward(pass)
   for i = 0, keys + rows - 2 do bucket[i] = self:bucket(i - keys + 1) end       -- distances 1 - keys … rows - 1
   local index = ffi.new("int32_t[?]", rows * keys)
   for t = 0, rows - 1 do ffi.copy(index + t * keys, bucket + (rows - 1 - t), keys * 4) end
-  local table_ = F.cast(F.transpose(self.weight), C.WANE_F32)                   -- [heads, buckets]
-  return table_:index_select(2, F.upload(index, C.WANE_I32, rows * keys * 4, rows, keys))
+  local bias = F.rows(F.cast(self.weight, C.WANE_F32), F.upload(index, C.WANE_I32, rows * keys * 4, rows, keys))     -- [rows, keys, heads]
+  return F.cast(F.permute(bias, 2, 0, 1), C.WANE_F32)
 end
 
 function RelativeBias:describe()

@@ -135,11 +135,14 @@ local function table_for(self, length)
   if self.key ~= key then
     local inv, scale, n = M.frequencies(self.p, self.dim, length)
     local data = ffi.new("float[?]", n)
-    for j = 0, n - 1 do data[j] = inv[j] end
-    self.inv_freq = F.outside_scopes(F.upload, data, core.C.WANE_F32, n * 4, n)
+    local function upload(sign)
+      for j = 0, n - 1 do data[j] = sign * inv[j] end
+      return F.outside_scopes(F.upload, data, core.C.WANE_F32, n * 4, n)
+    end
+    self.inv_freq, self.negative = upload(1), upload(-1)
     self.scale, self.key = scale, key
   end
-  return self.inv_freq, self.scale
+  return self.inv_freq, self.scale, self.negative
 end
 
 --- Does a sequence that reaches this length turn by other frequencies than before, so that the keys in a cache are worth nothing? Upstream
@@ -151,8 +154,8 @@ end
 
 --- Rotates x [B, T, H, D] at the pass's positions.
 function Rotary:rotate(x, pass)
-  local inv_freq, scale = table_for(self, pass.reach)
-  return F.rope(x, inv_freq, pass.positions, pass.start, scale, self.interleaved)
+  local inv_freq, scale, negative = table_for(self, pass.reach)
+  return F.rope(x, inv_freq, pass.positions, pass.start, scale, self.interleaved, negative)
 end
 
 return M
