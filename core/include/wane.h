@@ -194,6 +194,9 @@ WANE_API int wane_tensor_info(const wane_handle *h, wane_info *out);
 WANE_API int wane_tensor_new(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape);
 /* Uninitialised tensor outside the stream's pool, for weights and caches: pages are reserved, and touched on first use. */
 WANE_API int wane_tensor_new_paged(wane_stream *s, wane_handle *out, int dtype, int ndim, const int64_t *shape);
+/* Zeros in shared memory over a nameless file in directory `dir`: pages that the system may write out when memory is short, and reads back on
+ * use. WANE_E_IO where the disk has no room for all of it. Plain dtypes only. */
+WANE_API int wane_tensor_new_file(wane_stream *s, wane_handle *out, const char *dir, int dtype, int ndim, const int64_t *shape);
 /* Copies host data (row-major, contiguous, bytes = numel * size) in, through a staging copy; `data` may go at return. */
 WANE_API int wane_tensor_upload(wane_stream *s, const wane_handle *t, const void *data, size_t bytes);
 /* Copies a contiguous tensor's bytes out. WANE_PENDING while ops are still writing it: wait for info.ticket, call again. */
@@ -431,6 +434,30 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
                                       const wane_handle *x, const wane_handle *weight, double eps);
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
+
+/* ---- optimizers. Sources: torch.optim, bitsandbytes optim/ and csrc/kernels.cu; decay comes before the step, as torch has it. ---- */
+enum {
+  WANE_OPTIMIZER_ADAM,       /* p *= 1 - lr wd; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p -= lr m/(1 - b1^t) / (sqrt(v/(1 - b2^t)) + eps).
+                              * Adam and AdamW differ in their default wd alone. (Loshchilov & Hutter 2019) */
+  WANE_OPTIMIZER_SGD,        /* g += wd p; m = g at step 1, else beta1 m + g; p -= lr m */
+  WANE_OPTIMIZER_LION,       /* p *= 1 - lr wd; p -= lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g (Chen et al. 2023) */
+  WANE_OPTIMIZER_RMSPROP,    /* g += wd p; v = b1 v + (1 - b1) g^2; p -= lr g / (sqrt(v) + eps) */
+  WANE_OPTIMIZER_ADAGRAD,    /* g += wd p; v += g^2; p -= lr g / (sqrt(v) + eps) */
+  WANE_OPTIMIZER_END
+};
+typedef struct wane_optimizer_options {
+  int32_t kind;              /* WANE_OPTIMIZER_… */
+  int32_t upstream;          /* 8-bit second moments are rounded as bitsandbytes does: a small positive one may become 0. Default: it becomes the
+                              * smallest code, because an element that then gets no gradient would move by lr m / eps */
+  int64_t step;              /* of this parameter, from 1 */
+  double lr, beta1, beta2, eps, weight_decay;
+} wane_optimizer_options;
+/* One step, in place. param: contiguous floats; grad: floats of as many values; m, v: the moments that the kind keeps (NULL otherwise), f32 without
+ * scales, or u8 codes (signed dynamic map for m and for a sole v, unsigned for Adam's v) with absmax f32, one for every 256 values; all zeros at
+ * first. The step is taken with the moments before they are rounded. factor f32 [1] (optional) multiplies the gradient (clipping, without a wait).
+ * An element whose gradient is not finite keeps its value and moments. */
+WANE_API int wane_optimizer_step(wane_stream *s, const wane_handle *param, const wane_handle *grad, const wane_handle *m, const wane_handle *v,
+                                 const wane_handle *m_absmax, const wane_handle *v_absmax, const wane_handle *factor, const wane_optimizer_options *options);
 
 /* ---- what the machine can do at most, measured by the workers that run every other op ---- */
 enum { WANE_PROBE_READ, WANE_PROBE_F32, WANE_PROBE_BF16, WANE_PROBE_I8 };

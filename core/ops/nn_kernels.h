@@ -5,6 +5,7 @@
 #include "nn_place_kernels.h"
 #include "nn_row_kernels.h"
 #include "nn_gradient_kernels.h"
+#include "optim_kernels.h"
 
 /* Puts this instruction set's kernels into the table. */
 static void nn_kernels_register(wane_backend *b) {
@@ -21,6 +22,7 @@ static void nn_kernels_register(wane_backend *b) {
   b->ops[WANE_OP_SOFTMAX] = VEC_NAME(wane_nn_softmax);
   b->ops[WANE_OP_NLL] = VEC_NAME(wane_nn_nll);
   b->ops[WANE_OP_NLL_BACKWARD] = VEC_NAME(wane_nn_nll_backward);
+  b->ops[WANE_OP_OPTIMIZER] = VEC_NAME(wane_nn_optimizer);
   b->ops[WANE_OP_UNARY_BACKWARD] = VEC_NAME(wane_nn_unary_backward);
   b->ops[WANE_OP_GLU_BACKWARD] = VEC_NAME(wane_nn_glu_backward);
   b->ops[WANE_OP_SOFTMAX_BACKWARD] = VEC_NAME(wane_nn_softmax_backward);

@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -101,6 +103,31 @@ wane_mapping *wane_mapping_block(size_t bytes, const char *what) {
   m->bytes = bytes;
   m->base = m->kind == WANE_MAPPING_PAGES ? wane_pages_dense(bytes, what) : wane_alloc(bytes ? bytes : 1, what);
   if (!m->base) { wane_release(m); return NULL; }
+  return m;
+}
+
+wane_mapping *wane_mapping_scratch(const char *dir, size_t bytes) {
+  char path[4096];
+  int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0) {                                       /* a file system without nameless files */
+    if (snprintf(path, sizeof path, "%s/.wane-XXXXXX", dir) >= (int)sizeof path) { wane_fail(WANE_E_ARG, "the path '%.64s…' is too long", dir); return NULL; }
+    fd = mkostemp(path, O_CLOEXEC);
+    if (fd < 0) { wane_fail_errno(WANE_E_IO, "cannot make a file in '%s' for memory that may be written out", dir); return NULL; }
+    unlink(path);
+  }
+  /* The whole file at once: a disk that is full later would be a SIGBUS. */
+  int error = posix_fallocate(fd, 0, (off_t)bytes);
+  void *base = error ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (error) errno = error;
+  if (base == MAP_FAILED) wane_fail_errno(WANE_E_IO, "cannot have %zu bytes of a file in '%s' as memory", bytes, dir);
+  close(fd);
+  if (base == MAP_FAILED) return NULL;
+  wane_mapping *m = mapping_new();
+  if (!m) { munmap(base, bytes); return NULL; }
+  m->kind = WANE_MAPPING_FILE;
+  m->base = base;
+  m->bytes = bytes;
+  wane_count_mapped((int64_t)bytes);
   return m;
 }
 

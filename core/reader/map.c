@@ -83,6 +83,22 @@ int wane_tensor_over(wane_stream *s, wane_handle *out, wane_mapping *m, char *ba
   return status;
 }
 
+int wane_tensor_new_file(wane_stream *s, wane_handle *out, const char *dir, int dtype, int ndim, const int64_t *shape) {
+  memset(out, 0, sizeof *out);
+  int status = wane_enter(s);
+  if (status) return status;
+  if (dtype < 0 || dtype >= WANE_DTYPE_PLAIN) return wane_fail(WANE_E_DTYPE, "tensor_new_file: the dtype must be a plain one");
+  if (ndim < 0 || ndim > WANE_MAX_DIMS) return wane_fail(WANE_E_SHAPE, "%d dimensions: at most %d", ndim, WANE_MAX_DIMS);
+  int64_t n = wane_shape_numel(ndim, shape);
+  if (n < 0 || n > INT64_MAX / 8) return wane_fail(WANE_E_SHAPE, "the sizes of a tensor overflow");
+  size_t bytes = n ? (size_t)(n * wane_size_of(dtype)) : 1;
+  wane_mapping *m = wane_mapping_scratch(dir, bytes);
+  if (!m) return WANE_E_IO;
+  status = plain_over(s, out, m, m->base, dtype, ndim, shape);
+  wane_mapping_unref(m);
+  return status;
+}
+
 /* Bytes to which values of a dtype must be aligned to be used in place. GGUF blocks hold f16 scales. */
 static size_t alignment_of(int dtype) { return dtype < WANE_DTYPE_PLAIN ? (size_t)wane_size_of(dtype) : 2; }
 

@@ -24,6 +24,8 @@ int wane_file_read(const wane_file *f, uint64_t offset, void *data, size_t bytes
 /* Maps the whole file into f->mapping (once), after checking that it still has its size. */
 int wane_file_map(wane_file *f);
 /* A counted block of memory that is no file: pages when large, heap when small. One reference. */
+/* Shared memory over a nameless file in `dir`, zeros, all of it allocated on the disk. NULL with the error set. */
+wane_mapping *wane_mapping_scratch(const char *dir, size_t bytes);
 wane_mapping *wane_mapping_block(size_t bytes, const char *what);
 /* One more reference; any thread. */
 wane_mapping *wane_mapping_ref(wane_mapping *m);
