@@ -10,7 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { PAGES_FROM = 256 << 10, DESCRIPTOR_SLAB = 128 };
+enum { PAGES_FROM = 256 << 10, SHARED_FROM = 4 << 10, CLASSES_ABOVE = 8, POOL_SLACK = 32 << 20, DESCRIPTOR_SLAB = 128 };
 extern _Atomic int64_t wane_live_tensors;
 
 /* ---------------------------------------------------------------- size classes: eight an octave, at most 12.5 % lost */
@@ -32,13 +32,41 @@ static void block_free(void *p, size_t bytes) {
   if (bytes < PAGES_FROM) wane_release(p); else wane_pages_free(p, bytes);
 }
 
+static size_t class_bytes(int c) { int e = c / 8 + 6; return (size_t)(8 + c % 8) << (e - 3); }
+static void enqueue_release(wane_stream *s, int kind, void *data, wane_mapping *mapping, size_t bytes);
+
+/* Gives one free block of class c back to the system, once what is in flight has run. */
+static void pool_drop(wane_stream *s, int c) {
+  freelist *f = &s->pool[c];
+  f->made--;
+  s->pool_bytes -= class_bytes(c);
+  s->pool_free -= class_bytes(c);
+  enqueue_release(s, WANE_STORAGE_POOL, f->blocks[--f->count], NULL, class_bytes(c));
+}
+
+/* A pool that holds much more than is used has met tensors of many sizes (batches of many lengths): before it grows again, blocks that fitted
+ * nothing go, the small classes first, because one block of another size costs less to make anew than many. */
+static void pool_settle(wane_stream *s) {
+  size_t used = s->pool_bytes - s->pool_free, most = used / 4 + POOL_SLACK;
+  if (s->pool_free <= most) return;
+  for (int c = 0; c < CLASSES && s->pool_free > most / 2; c++)
+    while (s->pool[c].count && s->pool_free > most / 2) pool_drop(s, c);
+}
+
 static void *pool_take(wane_stream *s, size_t bytes, int32_t *class_out) {
   size_t rounded;
   if (bytes > (size_t)1 << 46) { wane_fail(WANE_E_MEMORY, "out of memory: %zu bytes for a tensor", bytes); return NULL; }
-  int c = size_class(bytes, &rounded);
+  int c = size_class(bytes, &rounded), last = c + (bytes < SHARED_FROM ? 0 : CLASSES_ABOVE);
+  /* A free block of up to twice the size is better than a new one: batches of many lengths would leave blocks of every class behind. */
+  for (int k = c; k <= last && k < CLASSES; k++)
+    if (s->pool[k].count) {
+      *class_out = k;
+      s->pool_free -= class_bytes(k);
+      return s->pool[k].blocks[--s->pool[k].count];
+    }
+  pool_settle(s);
   freelist *f = &s->pool[c];
   *class_out = c;
-  if (f->count) return f->blocks[--f->count];
   if (f->made == f->capacity) {
     int32_t more = f->capacity ? f->capacity * 2 : 16;
     void **blocks = wane_regrow(f->blocks, sizeof(void *) * (size_t)f->count, sizeof(void *) * (size_t)more, "a free list");
@@ -50,8 +78,6 @@ static void *pool_take(wane_stream *s, size_t bytes, int32_t *class_out) {
   if (p) { f->made++; s->pool_bytes += rounded; }
   return p;
 }
-
-static size_t class_bytes(int c) { int e = c / 8 + 6; return (size_t)(8 + c % 8) << (e - 3); }
 
 /* ---------------------------------------------------------------- storages */
 
@@ -140,6 +166,7 @@ void wane_storage_unref(wane_storage *st) {
   if (st->kind == WANE_STORAGE_POOL) {
     freelist *f = &s->pool[st->size_class];
     f->blocks[f->count++] = st->data;
+    s->pool_free += class_bytes(st->size_class);
   } else if (s->closed) {                             /* an op in flight may still read it: goes with the stream */
     st->next = s->dying;
     s->dying = st;
@@ -155,13 +182,8 @@ void wane_storage_unref(wane_storage *st) {
 void wane_stream_trim(wane_stream *s, size_t bytes) {
   if (s->closed) return;
   for (int c = 0; c < CLASSES; c++) {
-    freelist *f = &s->pool[c];
     if (class_bytes(c) < bytes) continue;
-    while (f->count) {
-      f->made--;
-      s->pool_bytes -= class_bytes(c);
-      enqueue_release(s, WANE_STORAGE_POOL, f->blocks[--f->count], NULL, class_bytes(c));
-    }
+    while (s->pool[c].count) pool_drop(s, c);
   }
 }
 
