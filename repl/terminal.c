@@ -33,6 +33,7 @@ static struct { cancel_function cancel; void *object; } targets[TARGETS];
 static volatile sig_atomic_t target_count;
 static volatile sig_atomic_t interrupts;      /* ctrl-C since the last clear */
 static volatile sig_atomic_t interrupt_limit = 2;
+static volatile sig_atomic_t patience;        /* ctrl-C is only noted: the program asks interrupted() and ends what it does in order */
 static volatile sig_atomic_t resized;
 static lua_State *hooked_state;
 static pthread_t main_thread;
@@ -60,6 +61,7 @@ static void on_sigint(int number) {
     raise(number);
     return;
   }
+  if (patience) { errno = saved; return; }
   for (int i = 0; i < target_count; i++) targets[i].cancel(targets[i].object);
   if (interrupts == 1) lua_sethook(hooked_state, stop_lua, LUA_MASKCOUNT, HOOK_PATIENCE);
   else lua_sethook(hooked_state, stop_lua, LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT, 1);
@@ -115,6 +117,12 @@ static int l_interrupted(lua_State *L) {
 static int l_clear_interrupt(lua_State *L) {
   lua_sethook(L, NULL, 0, 0);
   interrupts = 0;
+  return 0;
+}
+
+/* patient(flag): while set, a ctrl-C neither cancels streams nor stops Lua code; interrupted() tells. The one after it (limit) ends the program. */
+static int l_patient(lua_State *L) {
+  patience = lua_toboolean(L, 1);
   return 0;
 }
 
@@ -390,6 +398,7 @@ static int l_cluster(lua_State *L) {
 
 static const luaL_Reg functions[] = {
   { "on_interrupt", l_on_interrupt }, { "interrupted", l_interrupted }, { "clear_interrupt", l_clear_interrupt }, { "limit", l_limit },
+  { "patient", l_patient },
   { "wait", l_wait }, { "raw", l_raw }, { "suspend", l_suspend }, { "write", l_write }, { "isatty", l_isatty }, { "size", l_size },
   { "key", l_key }, { "cluster", l_cluster }, { NULL, NULL },
 };

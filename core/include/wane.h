@@ -572,6 +572,19 @@ WANE_API int64_t wane_load_done(wane_job *job);
 /* The tensor of an item of a finished load, once; its memory passes from the job to the tensor. */
 WANE_API int wane_load_take(wane_job *job, int64_t item, wane_stream *s, wane_handle *out);
 
+/* The lines of a text file: an index of 8 bytes a line, made in one pass on a job's thread; the file itself is never held. */
+typedef struct wane_lines wane_lines;
+WANE_API int wane_lines_open(wane_job **out, const char *path);
+/* The lines that a finished job found, once; the caller owns them. WANE_PENDING while the job runs, the job's status if it failed. */
+WANE_API int wane_lines_take(wane_job *job, wane_lines **out);
+/* Lines, empty ones too; what follows the last newline is one if it is not empty. */
+WANE_API int64_t wane_lines_count(const wane_lines *l);
+/* Bytes of line i (from 0) without its end ("\n", "\r\n") and without a byte order mark in front of the file; they are in `text` if that is at most
+ * `room`. Negative: an error (WANE_E_IO where the file became shorter). Blocks on the disk. */
+WANE_API int64_t wane_lines_read(const wane_lines *l, int64_t i, char *text, int64_t room);
+/* NULL is a no-op. */
+WANE_API void wane_lines_free(wane_lines *l);
+
 /* A file written beside its destination and renamed over it when complete: whatever fails, the old file stays. */
 typedef struct wane_writer wane_writer;
 WANE_API int wane_writer_open(wane_writer **out, const char *path);

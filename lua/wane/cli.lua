@@ -117,6 +117,11 @@ function M.interrupted()
   return terminal ~= nil and terminal.interrupted()
 end
 
+--- From here on a first ctrl-C is only noted (M.interrupted): the command ends what it is doing in order; a second one ends the program.
+function M.patient()
+  if terminal then terminal.patient(true) end
+end
+
 --- After an error that ctrl-C caused and the command survives: waits for what was cancelled and forgets the ctrl-C.
 function M.settle()
   if terminal then terminal.clear_interrupt() end
@@ -301,6 +306,10 @@ end
 
 local Progress = {}
 Progress.__index = Progress
+
+--- Is stderr a terminal?
+-- @return boolean
+function M.is_terminal() return ffi.C.isatty(2) == 1 end
 
 --- A progress line on stderr, drawn only where stderr is a terminal and at most ten times a second.
 -- @param label string "loading model.gguf"

@@ -10,15 +10,11 @@ local M = { core = core, version = require("ffi").string(core.C.wane_version()) 
 
 -- Parts are loaded when first used: wane.quant, wane.nn, wane.models, …
 local parts = { quant = true, nn = true, models = true, tokenizer = true, checkpoint = true, generate = true, evaluate = true, plan = true, hub = true,
-  lora = true, autograd = true, optim = true }
+  lora = true, autograd = true, optim = true, train = true }
 local Tensor = require "wane.tensor"
 M.Tensor = Tensor
 
--- Parts of later versions, refused by name rather than with a nil.
-local later = { train = "training comes" }
-
 setmetatable(M, { __index = function(t, key)
-  if later[key] then core.raise("wane.%s: %s with a later version of wane", key, later[key]) end
   local value
   if parts[key] then
     value = require("wane." .. key)

@@ -120,7 +120,8 @@ describe("an 8-bit second moment", function()
   local settings = json(root .. "optimizers/vanishing.json")
 
   local function travel(upstream)
-    local _, p = run(file, function(params) return wane.optim.AdamW8bit(params, { lr = settings.lr, weight_decay = 0, upstream = upstream }) end, function() end)
+    local function make(params) return wane.optim.AdamW8bit(params, { lr = settings.lr, weight_decay = 0, upstream = upstream }) end
+    local _, p = run(file, make, function() end)
     local got, n = F.read(p, "float")
     local most = 0
     for i = 5, n - 1, 64 do most = math.max(most, math.abs(got[i] - file.p0.data[i]) / settings.lr) end
@@ -254,7 +255,8 @@ describe("an optimizer", function()
     local make, message = wane.optim.by_name "paged_sdg_8bit"
     assert.is_nil(make)
     assert.matches("there is no optimizer 'paged_sdg_8bit'", message)
-    for name, want in pairs { adamw_torch = "adamw 32", paged_adamw_8bit = "adamw 8 paged", adamw_bnb_8bit = "adamw 8", lion_32bit = "lion 32", sgd = "sgd 32" } do
+    for name, want in pairs { adamw_torch = "adamw 32", paged_adamw_8bit = "adamw 8 paged", adamw_bnb_8bit = "adamw 8", lion_32bit = "lion 32",
+      sgd = "sgd 32" } do
       local opt = wane.optim.by_name(name)({ p })
       assert.equal(want, opt.kind .. " " .. opt.bits .. (opt.paged and " paged" or ""))
     end

@@ -10,9 +10,11 @@ end
 
 local M = {
   --- Adam with decay apart from the gradient (Loshchilov & Hutter 2019).
-  adamw = { code = C.WANE_OPTIMIZER_ADAM, moments = { "m", "v" }, options = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 1e-2 }, fill = adam_like },
+  adamw = { code = C.WANE_OPTIMIZER_ADAM, moments = { "m", "v" },
+    options = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 1e-2 }, fill = adam_like },
   --- Adam (Kingma & Ba 2015). Decay, where asked for, is AdamW's, as in bitsandbytes.
-  adam = { code = C.WANE_OPTIMIZER_ADAM, moments = { "m", "v" }, options = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0 }, fill = adam_like },
+  adam = { code = C.WANE_OPTIMIZER_ADAM, moments = { "m", "v" },
+    options = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0 }, fill = adam_like },
   --- Signs of interpolated moments (Chen et al. 2023): half of Adam's memory.
   lion = { code = C.WANE_OPTIMIZER_LION, moments = { "m" }, options = { lr = 1e-4, betas = { 0.9, 0.99 }, weight_decay = 0 }, fill = adam_like },
   --- Gradient descent with momentum.

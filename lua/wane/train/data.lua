@@ -1,0 +1,291 @@
+--- Training data: rows of token ids and labels out of a file, made when they are asked for.
+--
+--     local rows = assert(data.open("quotes.jsonl", tok, { text_field = "quote", max_length = 512 }))
+--     local row = rows:get(1)                    -- { ids = { … }, labels = { … } }; -100 is not scored
+--
+-- Kinds, told from the first row that can be read:
+--   text       a file that is no JSONL: its text, cut into rows of max_length ids (whole lines at a time, no end between them)
+--   jsonl      { "text": … } or another field: a sample of its own, all of it scored, the tokenizer's beginning in front, its end behind
+--   messages   { "messages": [ { role, content } … ] }: a ChatML conversation; the assistant's answers and their ends are scored
+--   pairs      { "input", "target" } or { "prompt", "completion" }: the second is scored; for an encoder-decoder the first is what it reads
+--   ids        { "input_ids", "labels" }: rows that were made elsewhere (data.export writes such)
+-- A file of any size: lines are found through an index (wane.train.lines) and tokenized one at a time.
+-- @module wane.train.data
+local core = require "wane.core"
+local cjson = require "cjson"
+local lines = require "wane.train.lines"
+
+local M = {}
+
+local IGNORED = -100
+
+---@class wane.Rows
+---@field path string
+---@field kind string
+---@field count integer rows (text: of max_length ids, the last one shorter)
+---@field skipped table[] { line, reason }: the first bad rows
+---@field bad integer how many were skipped so far
+---@field truncated integer how many were cut to max_length so far
+local Rows = {}
+Rows.__index = Rows
+
+-- ---------------------------------------------------------------- one row of each kind
+
+local makers = {}
+
+local function append(ids, labels, more, scored)
+  for _, id in ipairs(more) do
+    ids[#ids + 1] = id
+    labels[#labels + 1] = scored and id or IGNORED
+  end
+end
+
+local function plain(self, text) return self.tok:encode(text, { add_special_tokens = false }) end
+
+-- The ids that the tokenizer puts around a text, and its end where it puts none.
+local function around(self)
+  if self.front then return self.front, self.back end
+  local bare, whole = plain(self, "a"), self.tok:encode("a", { add_special_tokens = true })
+  local front, at = {}, 0
+  while at < #whole and whole[at + 1] ~= bare[1] do
+    at = at + 1
+    front[at] = whole[at]
+  end
+  local back = {}
+  for i = at + #bare + 1, #whole do back[#back + 1] = whole[i] end
+  if #back == 0 and self.eos then back[1] = self.eos end
+  self.front, self.back = front, back
+  return front, back
+end
+
+function makers.jsonl(self, row)
+  local text = row[self.text_field]
+  if type(text) ~= "string" then return nil, ("no text in '%s'"):format(self.text_field) end
+  local ids, labels = {}, {}
+  local front, back = around(self)
+  append(ids, labels, front, true)
+  append(ids, labels, plain(self, text), true)
+  if #ids == #front then return nil, "an empty text" end
+  append(ids, labels, back, true)
+  return ids, labels
+end
+
+function makers.messages(self, row)
+  local messages = row.messages
+  if type(messages) ~= "table" or type(messages[1]) ~= "table" then return nil, "'messages' is no list of messages" end
+  for i, m in ipairs(messages) do
+    if type(m) ~= "table" or type(m.role) ~= "string" or type(m.content) ~= "string" then return nil, ("message %d has no role and content"):format(i) end
+  end
+  local ids, labels, done, list = {}, {}, "", {}
+  -- Parts are tokenized on their own, as they are when the model answers: its prompt ends where the answer begins.
+  for i, m in ipairs(messages) do
+    if m.role == "assistant" then
+      local before = self.tok:apply_chat_template(list, { add_generation_prompt = true, tokenize = false })
+      if before:sub(1, #done) ~= done then return nil, "the template changes earlier turns" end
+      append(ids, labels, plain(self, before:sub(#done + 1)), false)
+      done = before
+    end
+    list[i] = m
+    local after = self.tok:apply_chat_template(list, { add_generation_prompt = false, tokenize = false })
+    local part = after:sub(#done + 1)
+    if m.role == "assistant" then
+      local answer, rest = part:match "^(.*%S)(%s*)$"
+      append(ids, labels, plain(self, answer or part), true)
+      append(ids, labels, plain(self, rest or ""), false)
+    else
+      append(ids, labels, plain(self, part), false)
+    end
+    done = after
+  end
+  return ids, labels
+end
+
+function makers.pairs(self, row)
+  local input, target = row.input or row.prompt, row.target or row.completion
+  if type(input) ~= "string" or type(target) ~= "string" then return nil, "no strings in 'input' and 'target' ('prompt' and 'completion')" end
+  local ids, labels = {}, {}
+  local front, back = around(self)
+  if self.encoder_decoder then
+    local unused = {}
+    append(ids, unused, plain(self, input), false)
+    append(ids, unused, back, false)
+    append(unused, labels, plain(self, target), true)
+    append(unused, labels, back, true)
+    return ids, labels
+  end
+  append(ids, labels, front, false)
+  append(ids, labels, plain(self, input), false)
+  append(ids, labels, plain(self, target), true)
+  append(ids, labels, back, true)
+  return ids, labels
+end
+
+function makers.ids(_, row)
+  local ids, labels = row.input_ids, row.labels or row.input_ids
+  if type(ids) ~= "table" or type(ids[1]) ~= "number" or type(labels) ~= "table" then return nil, "'input_ids' is no list of numbers" end
+  return ids, labels
+end
+
+-- ---------------------------------------------------------------- rows
+
+local function kind_of(row, text_field)
+  if row.messages then return "messages" end
+  if row.input_ids then return "ids" end
+  if row.input and row.target or row.prompt and row.completion then return "pairs" end
+  if row[text_field] then return "jsonl" end
+end
+
+local function decode(text)
+  local ok, row = pcall(cjson.decode, text)
+  if not ok or type(row) ~= "table" then return nil, "no JSON object" end
+  return row
+end
+
+local function cut(list, n)
+  if #list <= n then return list, false end
+  local out = {}
+  for i = 1, n do out[i] = list[i] end
+  return out, true
+end
+
+local function scored(labels, from)
+  for i = from, #labels do if labels[i] ~= IGNORED then return true end end
+  return false
+end
+
+-- The row of line i: ids, labels, or nil and why not.
+local function make(self, i)
+  local text, message = self.lines:get(i)
+  if not text then return nil, message end
+  if not text:find "%S" then return nil, "an empty line" end
+  local row
+  row, message = decode(text)
+  if not row then return nil, message end
+  local ids, labels = makers[self.kind](self, row)
+  if not ids then return nil, labels end
+  if not self.encoder_decoder and #ids ~= #labels then return nil, ("%d ids and %d labels"):format(#ids, #labels) end
+  local short, was_cut = cut(ids, self.max_length)
+  local short_labels, labels_cut = cut(labels, self.max_length)
+  if was_cut or labels_cut then self.truncated = self.truncated + 1 end
+  if not scored(short_labels, self.encoder_decoder and 1 or 2) then return nil, was_cut and "nothing to learn before it is cut" or "nothing to learn" end
+  return { ids = short, labels = short_labels, line = i }
+end
+
+--- Row i. A bad one raises, naming its line, or is left out (bad_rows = "skip").
+-- @param i integer 1 … count
+-- @return table|nil { ids, labels, line }, nil for a row left out
+function Rows:get(i)
+  if self.blocks then
+    local ids = self.blocks(i)
+    return { ids = ids, labels = ids, line = i }
+  end
+  local row, reason = make(self, i)
+  if row then return row end
+  if self.bad_rows ~= "skip" then core.raise("%s, line %d: %s (bad_rows = \"skip\" leaves such rows out)", self.path, i, reason) end
+  if not self.seen_bad[i] then
+    self.seen_bad[i] = true
+    self.bad = self.bad + 1
+    if #self.skipped < 10 then self.skipped[#self.skipped + 1] = { line = i, reason = reason } end
+  end
+end
+
+-- The first line that can be read says the kind.
+local function detect(self, opts)
+  local reason = "it has no lines"
+  for i = 1, math.min(self.lines.count, 100) do
+    local text = self.lines:get(i)
+    local row, message = decode(text or "")
+    if row then
+      local kind = kind_of(row, self.text_field)
+      if kind then return kind end
+      reason = ("line %d has none of the fields '%s', 'messages', 'input' and 'target', 'input_ids'"):format(i, self.text_field)
+    elseif text and text:find "%S" then
+      if i == 1 and not self.path:find "%.jsonl?$" and not opts.text_field then return "text" end
+      reason = ("line %d: %s"):format(i, message)
+    end
+  end
+  return nil, reason
+end
+
+-- A plain text in rows of max_length ids. Ids are 4 bytes each: the text is tokenized once, a thousand lines at a time.
+local function open_text(self)
+  local ffi = require "ffi"
+  local room, n = 4096, 0
+  local all = ffi.new("int32_t[?]", room)
+  for from = 1, self.lines.count, 1000 do
+    local part = {}
+    for i = from, math.min(from + 999, self.lines.count) do
+      local text, message = self.lines:get(i)
+      if not text then return nil, ("%s, line %d: %s"):format(self.path, i, message) end
+      part[#part + 1] = text
+    end
+    local ids = plain(self, table.concat(part, "\n") .. "\n")
+    if n + #ids > room then
+      local grown = ffi.new("int32_t[?]", math.max(2 * room, n + #ids))
+      ffi.copy(grown, all, n * 4)
+      all, room = grown, math.max(2 * room, n + #ids)
+    end
+    for k, id in ipairs(ids) do all[n + k - 1] = id end
+    n = n + #ids
+  end
+  local length = self.max_length
+  self.count = math.ceil(n / length)
+  if n % length == 1 then self.count = self.count - 1 end          -- a single id has nothing to predict
+  self.blocks = function(i)
+    local ids = {}
+    for k = (i - 1) * length, math.min(i * length, n) - 1 do ids[#ids + 1] = all[k] end
+    return ids
+  end
+  return self
+end
+
+--- Opens training data.
+-- @param path string
+-- @param tok wane.Tokenizer|nil needed for all kinds but ids
+-- @param opts table|nil { kind = nil (told from the file), text_field = "text", max_length = 1024, encoder_decoder = false, bad_rows = "fail" | "skip",
+--   eos = id put behind samples where the tokenizer puts none (default: the tokenizer's eos token) }
+-- @return wane.Rows|nil, string|nil message
+function M.open(path, tok, opts)
+  opts = opts or {}
+  local index, message = lines.open(path)
+  if not index then return nil, message end
+  local self = setmetatable({ path = path, lines = index, tok = tok, text_field = opts.text_field or "text", max_length = opts.max_length or 1024,
+    encoder_decoder = opts.encoder_decoder or false, bad_rows = opts.bad_rows or "fail", bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
+  if self.bad_rows ~= "fail" and self.bad_rows ~= "skip" then
+    core.raise("data.open: bad_rows: expected 'fail' or 'skip', found '%s'", tostring(self.bad_rows))
+  end
+  self.kind = opts.kind
+  if not self.kind then
+    self.kind, message = detect(self, opts)
+    if not self.kind then return nil, ("%s: no training data: %s"):format(path, message) end
+  elseif self.kind ~= "text" and not makers[self.kind] then
+    core.raise("data.open: kind: expected text, jsonl, messages, pairs or ids, found '%s'", tostring(self.kind))
+  end
+  if self.kind ~= "ids" and not tok then return nil, ("%s holds text, and the model has no tokenizer that wane reads"):format(path) end
+  self.eos = opts.eos or (tok and tok.eos_id and tok.eos_id[1])
+  self.count = index.count
+  if self.kind == "text" then return open_text(self) end
+  return self
+end
+
+--- Writes rows as JSONL of { input_ids, labels }, in the order given: the same data for another program.
+-- @param rows wane.Rows
+-- @param path string
+-- @param order integer[]|nil row numbers; default: all in the file's order
+-- @return integer|nil how many, string|nil message
+function M.export(rows, path, order)
+  local f, message = io.open(path, "w")
+  if not f then return nil, message end
+  local n = 0
+  for k = 1, order and #order or rows.count do
+    local row = rows:get(order and order[k] or k)
+    if row then
+      f:write('{"input_ids":[', table.concat(row.ids, ","), '],"labels":[', table.concat(row.labels, ","), "]}\n")
+      n = n + 1
+    end
+  end
+  f:close()
+  return n
+end
+
+return M

@@ -1,0 +1,278 @@
+--- Training: the loop over updates, with its log, evaluations and checkpoints.
+--
+--     local rows = assert(wane.train.data.open("quotes.jsonl", tok, { text_field = "quote", max_length = 256 }))
+--     lora.attach(model, { r = 8, alpha = 32, target_modules = "all-linear" })
+--     local result = assert(wane.train.run(model, rows, { lr = 2e-4, max_steps = 200, optim = "paged_adamw_8bit", out = "adapters/quotes" }))
+--
+-- A run is a function of its options, seed and data: stopped anywhere and resumed from its last checkpoint it ends with the same bits.
+-- Defaults are those of transformers' Trainer. A user's own loop needs none of this: see docs/finetuning.md.
+-- @module wane.train
+local autograd = require "wane.autograd"
+local batches = require "wane.train.batches"
+local core = require "wane.core"
+local logs = require "wane.train.log"
+local optim = require "wane.optim"
+local saves = require "wane.train.saves"
+local schedule = require "wane.optim.schedule"
+local F = require "wane.nn.functional"
+
+local M = { data = require "wane.train.data", batches = batches, curve = require "wane.train.curve", log = logs, saves = saves }
+
+local defaults = { lr = 5e-5, schedule = "linear", warmup_steps = 0, epochs = 3, batch_size = 8, accumulate = 1, clip = 1.0, optim = "adamw",
+  weight_decay = 0, seed = 42, shuffle = true, packing = false, group_by_length = false, checkpointing = false, resume = false }
+local others = { max_steps = 1, out = 1, log = 1, save_every = 1, save_total_limit = 1, eval_rows = 1, eval_every = 1, patience = 1, cancelled = 1,
+  on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, max_length = 1, drop_last = 1, fingerprint = 1 }
+-- Options that a resumed run must share with the one it goes on from.
+local same = { "lr", "schedule", "warmup_steps", "batch_size", "accumulate", "clip", "optim", "weight_decay", "seed", "shuffle", "packing", "group_by_length",
+  "total_steps", "fingerprint" }
+
+local function options_of(given)
+  local o = {}
+  for key, value in pairs(defaults) do o[key] = value end
+  for key, value in pairs(given or {}) do
+    if defaults[key] == nil and not others[key] then core.raise("train.run: there is no option '%s'", tostring(key)) end
+    o[key] = value
+  end
+  return o
+end
+
+-- ---------------------------------------------------------------- setting up
+
+-- Two groups: what decays, and norms and biases, which do not (transformers trainer.py get_decay_parameter_names).
+local function groups_of(params, decay)
+  local with, without = { params = {}, weight_decay = decay }, { params = {}, weight_decay = 0 }
+  for _, p in ipairs(params) do
+    local name = p.name:lower()
+    local plain = p:dim() == 1 or name:find "bias" or name:find "layernorm" or name:find "layer_norm" or name:find "rmsnorm"
+    table.insert((plain and without or with).params, p)
+  end
+  local groups = {}
+  for _, group in ipairs { with, without } do if #group.params > 0 then groups[#groups + 1] = group end end
+  return groups
+end
+
+-- Updates of an epoch: a matter of numbers, unless rows are packed or may be left out, when one epoch is gone through.
+local function updates_per_epoch(feed, o)
+  if not o.packing and feed.rows.bad_rows ~= "skip" then
+    local n = feed.rows.count / o.batch_size
+    n = o.drop_last and math.floor(n) or math.ceil(n)
+    return math.ceil(n / o.accumulate)
+  end
+  local n = 0
+  repeat
+    local update = feed:next()
+    if update.epoch > 0 then break end
+    n = n + 1
+  until feed:at_end()
+  feed:begin(0)
+  return n
+end
+
+local Run = {}
+Run.__index = Run
+
+local function set_up(model, rows, o)
+  local self = setmetatable({ model = model, o = o, step = 0, best = nil, stale = 0 }, Run)
+  self.params = model:trainable_parameters()
+  if #self.params == 0 then
+    core.raise "train.run: the model trains nothing: attach an adapter (wane.lora.attach), or choose parameters (model:train_parameters)"
+  end
+  self.feed = batches.new(rows, o)
+  o.total_steps = o.max_steps or math.ceil(o.epochs * updates_per_epoch(self.feed, o))
+  local make, message = optim.by_name(o.optim)
+  if not make then core.raise("train.run: %s", message) end
+  local settings = { lr = o.lr }
+  for key, value in pairs(o.optim_options or {}) do settings[key] = value end
+  self.opt = make(groups_of(self.params, o.weight_decay), settings)
+  local rate = { lr = o.lr, warmup_steps = o.warmup_steps, total_steps = o.total_steps }
+  for key, value in pairs(o.schedule_options or {}) do rate[key] = value end
+  self.rate = schedule.new(o.schedule, rate)
+  model:checkpoint_layers(o.checkpointing)
+  return self
+end
+
+-- ---------------------------------------------------------------- checkpoints
+
+local function settings_of(o)
+  local out = {}
+  for _, key in ipairs(same) do out[key] = o[key] end
+  return out
+end
+
+--- Writes checkpoint-STEP; raises where that fails.
+function Run:save()
+  local state = { step = self.step, feed = self.feed:state(), best = self.best, stale = self.stale, settings = settings_of(self.o) }
+  local path, message = saves.write(self.o.out, self.step, { model = self.model, params = self.params, opt = self.opt, state = state }, self.o.save_total_limit)
+  if not path then core.raise("train.run: the checkpoint of step %d was not written: %s", self.step, message) end
+  self.saved = self.step
+  if self.o.on_event then self.o.on_event("saved", path) end
+end
+
+--- Goes on from the newest checkpoint; nil and why where it belongs to another run.
+function Run:resume()
+  local path = saves.latest(self.o.out)
+  if not path then return nil, ("there is no checkpoint in '%s' to resume from"):format(self.o.out) end
+  local state, message = saves.read(path, self)
+  if not state then return nil, message end
+  for _, key in ipairs(same) do
+    local was, is = state.settings[key], self.o[key]
+    if was ~= is then
+      return nil, ("%s belongs to a run with %s = %s; this one has %s: give the same options, or another folder"):format(path, key, tostring(was), tostring(is))
+    end
+  end
+  self.step, self.best, self.stale = state.step, state.best, state.stale or 0
+  self.saved = state.step
+  self.feed:restore(state.feed)
+  return true
+end
+
+-- ---------------------------------------------------------------- one update
+
+local function loss_options(batch, count)
+  return { count = count, attention_mask = batch.attention_mask, positions = batch.positions, first = batch.first }
+end
+
+--- Mean of -log p over rows held out, under no_grad.
+-- @param model wane.Model
+-- @param rows wane.Rows
+-- @param o table|nil { batch_size = 8, pad = 0 }
+-- @return table { loss, perplexity, count }
+function M.evaluate(model, rows, o)
+  o = o or {}
+  local feed = batches.new(rows, { batch_size = o.batch_size or 8, shuffle = false, pad = o.pad })
+  local sum, count = 0, 0
+  repeat
+    local update = feed:next()
+    local batch = update[1]
+    autograd.no_grad(core.scope, function() sum = sum + model:loss(batch.ids, batch.labels, loss_options(batch, 1)):item() end)
+    count = count + batch.count
+  until feed:at_end()
+  return { loss = sum / count, perplexity = math.exp(sum / count), count = count }
+end
+
+--- Enqueues an update; its loss and gradient norm are read when the next one is under way.
+function Run:update()
+  local o = self.o
+  local update = self.feed:next()
+  local lr = self.rate(self.step)
+  local record = { step = self.step + 1, lr = lr, tokens = update.tokens, epoch = update.epoch, started = core.C.wane_clock() }
+  core.scope(function()
+    local losses = {}
+    for i, batch in ipairs(update) do
+      autograd.seed(o.seed, self.step * o.accumulate + i)
+      local loss = self.model:loss(batch.ids, batch.labels, loss_options(batch, update.count))
+      loss:backward()
+      losses[i] = loss
+    end
+    local total = losses[1]
+    for i = 2, #losses do total = total + losses[i] end
+    record.loss = F.outside_scopes(function() return total:clone() end)
+    record.grad_norm = F.outside_scopes(function() return self.opt:clip(o.clip):clone() end)
+    for _, group in ipairs(self.opt.groups) do group.lr = lr end
+    self.opt:step()
+    self.opt:zero_grad()
+  end)
+  self.step = self.step + 1
+  return record
+end
+
+--- Reads what an update came to and logs it.
+-- @param record table|nil from update()
+function Run:finish(record)
+  if not record then return end
+  local loss, norm = record.loss, record.grad_norm
+  record.loss, record.grad_norm = loss:item(), norm:item()
+  loss:close()
+  norm:close()
+  local now = core.C.wane_clock()
+  record.seconds = now - math.max(record.started, self.finished or 0)
+  self.finished = now
+  record.tokens_per_s, record.started = record.tokens / record.seconds, nil
+  local memory = require("ffi").new "wane_memory"
+  core.C.wane_memory_read(memory)
+  record.rss_bytes = tonumber(memory.rss)
+  self.seconds, self.tokens = (self.seconds or 0) + record.seconds, (self.tokens or 0) + record.tokens
+  self.last = record
+  self.log:add(record)
+  if record.loss ~= record.loss or math.abs(record.loss) == math.huge then
+    self.broken = (self.broken or 0) + 1
+    if self.broken >= 3 then
+      core.raise("train.run: the loss of updates %d to %d is not finite: a smaller lr or f32 compute may help; wane.autograd.anomaly = true names the op",
+        record.step - 2, record.step)
+    end
+  else
+    self.broken = 0
+  end
+  if self.o.on_update then self.o.on_update(record, self.o.total_steps) end
+end
+
+--- Evaluates; true where the run should stop early.
+function Run:look()
+  local o = self.o
+  local found = M.evaluate(self.model, o.eval_rows, { batch_size = o.batch_size, pad = o.pad })
+  self.log:add { step = self.step, eval_loss = found.loss, perplexity = found.perplexity }
+  if o.on_event then o.on_event("evaluated", found) end
+  if not self.best or found.loss < self.best.eval_loss then
+    self.best, self.stale = { eval_loss = found.loss, step = self.step }, 0
+    if o.out and rawget(self.model, "lora") and #self.model.lora.active > 0 then
+      local ok, message = require("wane.lora").save(self.model, o.out .. "/best")
+      if not ok then core.raise("train.run: the best adapter was not written: %s", message) end
+    end
+    return false
+  end
+  self.stale = self.stale + 1
+  return o.patience ~= nil and self.stale >= o.patience
+end
+
+local function due(step, every) return every and every > 0 and step % every == 0 end
+
+-- ---------------------------------------------------------------- the run
+
+--- Trains what the model's leaves are.
+-- @param model wane.Model
+-- @param rows wane.Rows see wane.train.data
+-- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
+--   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
+--   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
+--   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
+--   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
+--   fingerprint = any text that a resumed run must share }
+-- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
+--   records = the log's }, string|nil message
+function M.run(model, rows, given)
+  local o = options_of(given)
+  if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
+  local self = set_up(model, rows, o)
+  if o.out then saves.sweep(o.out) end
+  if o.resume then
+    local ok, message = self:resume()
+    if not ok then return nil, message, "mismatch" end
+  end
+  local log, message = logs.open(o.log, o.resume and self.step or nil)
+  if not log then return nil, message, "io" end
+  self.log = log
+  local stopped, pending = nil, nil
+  while self.step < o.total_steps and not stopped do
+    local record = self:update()
+    self:finish(pending)
+    pending = record
+    local save, look = due(self.step, o.save_every), o.eval_rows and due(self.step, o.eval_every)
+    if o.cancelled and o.cancelled() then stopped = "cancelled" end
+    if save or look or stopped then
+      self:finish(pending)
+      pending = nil
+    end
+    if look and self:look() then stopped = "early" end
+    if save then self:save() end
+  end
+  self:finish(pending)
+  if o.save_every and self.saved ~= self.step then self:save() end
+  self.log:close()
+  local records = self.log.records
+  self.opt:close()
+  return { steps = self.step, loss = self.last and self.last.loss, seconds = self.seconds or 0, tokens = self.tokens or 0,
+    tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stopped = stopped, records = records,
+    curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
+end
+
+return M

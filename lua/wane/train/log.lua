@@ -1,0 +1,73 @@
+--- The log of a run: a line of JSON for every update and evaluation, appended to a file.
+-- @module wane.train.log
+local cjson = require "cjson"
+local json = require "wane.checkpoint.json"
+
+local M = {}
+
+---@class wane.TrainLog
+---@field records table[] of this run and of what it resumed
+local Log = {}
+Log.__index = Log
+
+-- The records of a log up to `step`; a last line that a kill cut short is left out.
+local function read(path, step)
+  local records = {}
+  for line in io.lines(path) do
+    local ok, record = pcall(cjson.decode, line)
+    if ok and type(record) == "table" and type(record.step) == "number" and record.step <= step then records[#records + 1] = record end
+  end
+  return records
+end
+
+local function text_of(record) return (json.encode(record):gsub("\n%s*", " ")) .. "\n" end
+
+--- Opens a log.
+-- @param path string|nil nil: records are kept in memory alone
+-- @param resume integer|nil the step that a resumed run goes on from: later records, of steps that will be done again, are dropped; nil: a new log
+-- @return wane.TrainLog|nil, string|nil message
+function M.open(path, resume)
+  local self = setmetatable({ path = path, records = {} }, Log)
+  if not path then return self end
+  local old = resume and io.open(path)
+  if old then
+    old:close()
+    self.records = read(path, resume)
+  end
+  local f, message = io.open(path, "w")
+  if not f then return nil, "cannot write the log: " .. message end
+  for _, record in ipairs(self.records) do f:write(text_of(record)) end
+  f:flush()
+  self.file = f
+  return self
+end
+
+--- Adds a record; on the disk at once.
+-- @param record table of numbers and strings, with `step`
+function Log:add(record)
+  self.records[#self.records + 1] = record
+  if self.file then
+    self.file:write(text_of(record))
+    self.file:flush()
+  end
+end
+
+--- Points of a field: { { step, value } … }.
+-- @param field string "loss", "eval_loss"
+-- @return table[]
+function Log:points(field)
+  local points = {}
+  for _, record in ipairs(self.records) do
+    local v = record[field]
+    if type(v) == "number" and v == v and math.abs(v) < math.huge then points[#points + 1] = { record.step, v } end
+  end
+  return points
+end
+
+--- Closes the file.
+function Log:close()
+  if self.file then self.file:close() end
+  self.file = nil
+end
+
+return M

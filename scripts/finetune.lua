@@ -1,0 +1,155 @@
+--- wane finetune: trains an adapter (or parameters) of a model on rows of text.
+local cli = require "wane.cli"
+
+local parser = cli.parser("finetune", "Trains a low-rank adapter beside a frozen, usually quantized model; or parameters of the model itself (--trainable).")
+cli.model_options(parser)
+parser:option("--data", "JSONL (\"text\" or --text-field, \"messages\", \"input\" and \"target\", \"input_ids\") or a text file.")
+parser:option("--text-field", "Field of a JSONL row that holds the text (text).")
+parser:option("--bad-rows", "What to do with a row that cannot be used (fail)."):choices { "fail", "skip" }
+parser:option("--lora-r", "Rank (8)."):convert(cli.count)
+parser:option("--lora-alpha", "Scale: the change is multiplied by alpha / r (16)."):convert(cli.number)
+parser:option("--lora-dropout", "Share of the adapter's inputs dropped in training (0)."):convert(cli.number)
+parser:option("--target-modules", "Comma-separated names, or all-linear (default: PEFT's for the family).")
+parser:option("--modules-to-save", "Comma-separated names of modules that are trained whole beside the adapter.")
+parser:option("--bias", "Biases to train (none)."):choices { "none", "all", "lora_only" }
+parser:flag("--use-rslora", "Scale by alpha / sqrt(r).")
+parser:flag("--use-dora", "Train magnitudes apart from directions (DoRA).")
+parser:option("--trainable", "Parameters of the model to train instead of an adapter: a Lua pattern of their paths, or 1-d for norms and biases. "
+  .. "With --lora-r: besides it.")
+parser:option("--optim", "adamw, adam, sgd, lion, rmsprop, adagrad; _8bit behind, paged_ in front (adamw).")
+parser:option("--lr", "Learning rate (2e-4)."):convert(cli.number)
+parser:option("--schedule", "linear, cosine, constant, constant_with_warmup, … (linear).")
+parser:option("--warmup-steps", "Updates in which the rate rises; below 1: a share of all (0)."):convert(cli.number)
+parser:option("--weight-decay", "Of all but norms and biases (0)."):convert(cli.number)
+parser:option("--max-steps", "Updates (default: --epochs)."):convert(cli.count)
+parser:option("--epochs", "Passes over the data (3)."):convert(cli.number)
+parser:option("--batch-size", "Rows at a time (4)."):convert(cli.count)
+parser:option("--accumulate", "Batches an update (1)."):convert(cli.count)
+parser:option("--max-length", "Longer rows are cut (512)."):convert(cli.count)
+parser:flag("--packing", "Several short rows side by side, none seeing another.")
+parser:flag("--group-by-length", "Batches of rows of similar length.")
+parser:option("--clip", "Largest norm of an update's gradient; 0: any (1.0)."):convert(cli.number)
+parser:flag("--checkpointing", "Keep what enters each layer alone and compute the rest again: less memory, about a third more time.")
+parser:option("--save-every", "Updates between checkpoints in --out (default: none)."):convert(cli.count)
+parser:option("--save-total-limit", "Checkpoints to keep (all)."):convert(cli.count)
+parser:flag("--resume", "Go on from the newest checkpoint in --out.")
+parser:option("--eval-data", "Rows held out, of the same kind.")
+parser:option("--eval-every", "Updates between evaluations (default: before and after)."):convert(cli.count)
+parser:option("--patience", "Stop after so many evaluations without gain."):convert(cli.count)
+parser:option("--seed", "Of the adapter, the order of rows and dropout (42)."):convert(cli.count)
+parser:option("--log", "JSONL file, a line an update; the curve goes beside it as an SVG (OUT/log.jsonl).")
+parser:option("--out", "Folder for the adapter (or the model) and the checkpoints.")
+
+local function names(text)
+  if not text or text == "all-linear" then return text end
+  local list = {}
+  for name in text:gmatch "[^,%s]+" do list[#list + 1] = name end
+  return list
+end
+
+-- Wrong usage is told before anything is read.
+local function check(args)
+  for _, option in ipairs { "model", "data", "out" } do if not args[option] then cli.usage("--%s is missing", option) end end
+  for _, option in ipairs { "lora_r", "batch_size", "accumulate", "max_steps", "max_length", "save_every", "eval_every", "patience" } do
+    if args[option] == 0 then cli.usage("--%s: a number above 0 was expected", (option:gsub("_", "-"))) end
+  end
+  if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
+  if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
+  if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
+  if args.lora_dropout and (args.lora_dropout < 0 or args.lora_dropout >= 1) then cli.usage "--lora-dropout: expected a share in [0, 1)" end
+  local make, message = require("wane.optim").by_name(args.optim or "adamw")
+  if not make then cli.usage("--optim: %s", message) end
+  local ok
+  ok, message = pcall(require("wane.optim.schedule").new, args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = 0 })
+  if not ok then cli.usage("--schedule: %s", (tostring(message):gsub("^.-schedule: ", ""))) end
+end
+
+-- Attaches the adapter, or makes parameters leaves; says what is trained.
+local function choose(model, args)
+  local lora = require "wane.lora"
+  lora.prepare_for_kbit_training(model, { checkpointing = args.checkpointing or false })
+  if args.trainable then
+    local n = model:train_parameters(args.trainable)
+    if n == 0 then cli.fail("--trainable %s: no parameter of this model is called so (wane inspect lists them)", args.trainable) end
+  end
+  if args.trainable and not args.lora_r then return false, 0, 0 end
+  lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout, target_modules = names(args.target_modules),
+    modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora, use_dora = args.use_dora, seed = args.seed or 42 })
+  local report, trainable, all = lora.trainable_report(model)
+  if not args.json then print(report) end
+  return true, trainable, all
+end
+
+-- A line that is drawn over itself: step, loss, tokens a second, time left, memory.
+local function live(args)
+  if args.json or not cli.is_terminal() then return nil, function() end end
+  local width = 0
+  return function(r, total)
+    local text = ("step %d/%d  loss %.4f  %.0f tokens/s  %s left  %s"):format(r.step, total, r.loss, r.tokens_per_s, cli.seconds((total - r.step) * r.seconds),
+      cli.bytes(r.rss_bytes))
+    io.stderr:write("\r", text, (" "):rep(width - #text))
+    width = #text
+  end, function() io.stderr:write("\r", (" "):rep(width), "\r") end
+end
+
+local function open_rows(path, tok, model, args)
+  return cli.check(require("wane.train").data.open(path, tok, { text_field = args.text_field, max_length = args.max_length or 512,
+    bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil }))
+end
+
+local function train(model, tok, args)
+  local wane, rows = require "wane", open_rows(args.data, tok, model, args)
+  local held_out = args.eval_data and open_rows(args.eval_data, tok, model, args)
+  local pad = tok and tok.pad_id or 0
+  local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
+  local before = not args.resume and evaluate() or nil
+  local draw, clear = live(args)
+  cli.check(wane.core.C.wane_path_make(args.out) >= 0 or nil, ("cannot make the folder '%s'"):format(args.out))
+  cli.patient()
+  local result = cli.check(wane.train.run(model, rows, {
+    lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
+    epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
+    clip = args.clip, optim = args.optim, seed = args.seed, checkpointing = args.checkpointing or false, out = args.out, save_every = args.save_every,
+    save_total_limit = args.save_total_limit, resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_rows = args.eval_every and held_out,
+    eval_every = args.eval_every, patience = args.patience, pad = pad, cancelled = cli.interrupted, on_update = draw,
+    fingerprint = table.concat({ args.model, args.data, args.quant or "none", tostring(args.lora_r), tostring(args.target_modules) }, "|"),
+  }))
+  clear()
+  result.before, result.after, result.rows = before, evaluate(), rows
+  return result
+end
+
+-- The curve in the terminal and as an SVG beside the log.
+local function show_curve(result, args)
+  local curve, path = require("wane.train").curve, (args.log or args.out .. "/log.jsonl"):gsub("%.jsonl$", "") .. ".svg"
+  local f = io.open(path, "w")
+  if f then
+    f:write(curve.svg(result.curve, "Loss of " .. args.out))
+    f:close()
+  end
+  if not args.json then print(curve.terminal(result.curve, math.min(tonumber(os.getenv "COLUMNS") or 80, 120), 10)) end
+end
+
+cli.run(parser, function(args)
+  check(args)
+  local wane = require "wane"
+  local model, tok = cli.load_model(args)
+  if not tok then cli.note("no tokenizer: %s", tostring(model.tokenizer_error)) end
+  local adapter, trainable, all = choose(model, args)
+  local result = train(model, tok, args)
+  local written = adapter and wane.lora.save(model, args.out) or not adapter and model:save(args.out)
+  cli.check(written, ("the result was not written to '%s'"):format(args.out))
+  show_curve(result, args)
+  local rows = result.rows
+  if rows.bad > 0 then cli.note("%d rows were left out, such as line %d: %s", rows.bad, rows.skipped[1].line, rows.skipped[1].reason) end
+  if rows.truncated > 0 then cli.note("%d rows were cut to --max-length", rows.truncated) end
+  local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
+    peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,
+    perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }
+  if args.json then return cli.json(report) end
+  if result.after then
+    print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
+  end
+  print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
+    cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
+end)

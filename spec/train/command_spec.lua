@@ -1,0 +1,156 @@
+-- wane finetune as users run it: options, mistakes, results; kill -9 at random moments and ctrl-C.
+local cjson = require "cjson"
+local ffi = require "ffi"
+local golden = require "spec.support.golden"
+local safetensors = require "spec.support.safetensors"
+local wane = require "wane"
+
+local bin = os.getenv "WANE_BIN" or "bin/wane"
+local folders = {}
+local function folder()
+  local dir = os.tmpname()
+  os.remove(dir)
+  folders[#folders + 1] = dir
+  os.execute("mkdir -p " .. dir)
+  return dir
+end
+teardown(function() for _, dir in ipairs(folders) do os.execute("rm -rf " .. dir) end end)
+
+local rows_path = folder() .. "/rows.jsonl"
+do
+  local f = assert(io.open(rows_path, "w"))
+  for i = 1, 30 do
+    local ids = {}
+    for t = 1, 5 + i % 4 do ids[t] = 3 + (i * 5 + t) % 40 end
+    f:write(cjson.encode { input_ids = ids }, "\n")
+  end
+  f:close()
+end
+
+local base = ("%s finetune --model %sllama --data %s --quant nf4 --lora-r 4 --lora-alpha 8 --lora-dropout 0.1 --target-modules all-linear "
+  .. "--optim paged_adamw_8bit --lr 1e-2 --batch-size 4 --accumulate 2 --warmup-steps 2 --seed 3"):format(bin, golden.root, rows_path)
+
+-- Output, error output and exit status of a command.
+local function run(command)
+  local errors = os.tmpname()
+  local f = assert(io.popen(("%s 2>%s; echo \"[$?]\""):format(command, errors)))
+  local out = f:read "*a"
+  f:close()
+  local e = assert(io.open(errors))
+  local err = e:read "*a"
+  e:close()
+  os.remove(errors)
+  local text, status = out:match "^(.*)%[(%d+)%]\n$"
+  return text, err, tonumber(status)
+end
+
+-- Bytes of the adapter's tensors, by name.
+local function adapter(dir)
+  local out = {}
+  for name, t in pairs(safetensors.read(dir .. "/adapter_model.safetensors")) do out[name] = ffi.string(t.data, t.numel * 4) end
+  assert.is_truthy(next(out))
+  return out
+end
+
+describe("wane finetune", function()
+  it("trains, reports, and writes an adapter that generate takes", function()
+    local dir = folder()
+    local out, err, status = run(base .. " --max-steps 8 --eval-data " .. rows_path .. " --json --out " .. dir)
+    assert.equal(0, status, err)
+    local report = cjson.decode(out)
+    for _, key in ipairs { "steps", "loss", "seconds", "tokens_per_s", "peak_rss_bytes", "trainable", "all", "perplexity_before", "perplexity_after" } do
+      assert.is_number(report[key], key)
+    end
+    assert.equal(8, report.steps)
+    assert.is_true(report.perplexity_after < report.perplexity_before)
+    local f = assert(io.open(dir .. "/log.svg"))
+    assert.matches("<svg", f:read "*l")
+    f:close()
+    out, err, status = run(("%s generate --model %sllama --quant nf4 --lora %s --prompt-ids 5,6,7 --max-new-tokens 4 --json"):format(bin, golden.root, dir))
+    assert.equal(0, status, err)
+    assert.equal(4, #cjson.decode(out).ids)
+    -- For people: the counts, the curve, a sentence.
+    out, err, status = run(base .. " --max-steps 4 --checkpointing --out " .. folder())
+    assert.equal(0, status, err)
+    assert.matches("trainable params: [%d,]+ || all params: [%d,]+ || trainable%%", out)
+    assert.matches("└─", out)
+    assert.matches("4 updates in .* tokens/s, loss .* peak memory", out)
+  end)
+
+  it("trains norms and biases of the model itself, and writes the model", function()
+    local dir = folder()
+    local command = ("%s finetune --model %sgpt2 --data %s --trainable 1-d --lr 1e-2 --max-steps 3 --out %s"):format(bin, golden.root, rows_path, dir)
+    local _, err, status = run(command)
+    assert.equal(0, status, err)
+    assert(wane.load(dir, { tokenizer = false })):close()
+  end)
+
+  for pattern, options in pairs {
+    ["%-%-out is missing"] = "--out-missing", ["%-%-batch%-size: a number above 0"] = "--batch-size 0 --out x",
+    ["there is no optimizer 'adamx'"] = "--optim adamx --out x", ["there is no 'liner'"] = "--schedule liner --out x",
+    ["exclude each other"] = "--packing --group-by-length --out x", ["need %-%-eval%-data"] = "--patience 2 --out x",
+    ["expected a share in"] = "--lora-dropout 1 --out x",
+  } do
+    it("tells wrong usage with status 2: " .. options, function()
+      local command = options == "--out-missing" and base or base .. " " .. options
+      local _, err, status = run(command)
+      assert.equal(2, status)
+      assert.matches(pattern, err)
+    end)
+  end
+
+  it("tells what fails with status 1", function()
+    local dir = folder()
+    for pattern, options in pairs {
+      ["there is no checkpoint in"] = "--resume --out " .. dir, ["no parameter of this model is called so"] = "--trainable nonsense --out " .. dir,
+      ["target_modules"] = "--target-modules nonsense --out " .. dir,
+    } do
+      local _, err, status = run(base .. " --max-steps 2 " .. options)
+      assert.equal(1, status, err)
+      assert.matches(pattern, err)
+    end
+    local _, err, status = run(base:gsub("%-%-data %S+", "--data /nowhere.jsonl") .. " --out " .. dir)
+    assert.equal(1, status)
+    assert.matches("/nowhere.jsonl", err)
+  end)
+
+  it("killed at random moments and resumed ends with the same bits", function()
+    if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
+    local whole = folder()
+    local _, err, status = run(base .. " --max-steps 40 --save-every 2 --out " .. whole)
+    assert.equal(0, status, err)
+    local want, kills = adapter(whole), os.getenv "WANE_LARGE" == "1" and 50 or 8
+    local dir, killed = folder(), 0
+    math.randomseed(7)
+    local f = assert(io.popen(("(time -p %s --max-steps 40 --save-every 2 --out %s) 2>&1 | grep real"):format(base, folder())))
+    local seconds = tonumber(f:read("*a"):match "[%d.]+")
+    f:close()
+    local function command()
+      return base .. " --max-steps 40 --save-every 2 --out " .. dir .. (require("wane.train.saves").latest(dir) and " --resume" or "")
+    end
+    while killed < kills do
+      local _, _, ended = run(("timeout -s KILL %.3f %s"):format(0.05 + math.random() * seconds * 0.5, command()))
+      if ended == 0 then                                  -- it came to its end: begin anew
+        assert.same(want, adapter(dir))
+        os.execute("rm -rf " .. dir .. "/*")
+      else
+        killed = killed + 1
+      end
+    end
+    _, err, status = run(command())
+    assert.equal(0, status, err)
+    assert.same(want, adapter(dir))
+    print(("  killed %d times, the same bits in the end"):format(killed))
+  end)
+
+  it("saves and leaves on ctrl-C", function()
+    if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
+    local dir = folder()
+    local _, err, status = run(("timeout --foreground -s INT 1.5 %s --max-steps 100000 --save-every 50000 --out %s"):format(base, dir))
+    assert.is_true(status == 124 or status == 0, err)     -- timeout's own status, where the signal was its
+    local _, step = require("wane.train.saves").latest(dir)
+    assert.is_truthy(step)
+    assert.is_true(step < 50000)
+    assert.is_true(require("wane.lora").is_adapter(dir))
+  end)
+end)

@@ -1,0 +1,324 @@
+-- Training data: lines, rows of every kind, batches: shuffled, padded, packed, resumed.
+local cjson = require "cjson"
+local batches = require "wane.train.batches"
+local core = require "wane.core"
+local data = require "wane.train.data"
+local golden = require "spec.support.golden"
+local lines = require "wane.train.lines"
+local wane = require "wane"
+
+local paths = {}
+local function file(text, name)
+  local path = os.tmpname()
+  os.remove(path)
+  path = path .. (name or ".jsonl")
+  local f = assert(io.open(path, "wb"))
+  f:write(text)
+  f:close()
+  paths[#paths + 1] = path
+  return path
+end
+teardown(function() for _, path in ipairs(paths) do os.remove(path) end end)
+
+-- A tokenizer of one id a byte, with the interface that rows use.
+local tok = { eos_id = { 1 }, pad_id = 0 }
+function tok:encode(text, o)
+  local ids = { text:byte(1, -1) }
+  if self.bos and o.add_special_tokens then table.insert(ids, 1, 2) end
+  return ids
+end
+function tok.apply_chat_template(_, messages, o)
+  local out = {}
+  for _, m in ipairs(messages) do out[#out + 1] = ("<%s>%s</>\n"):format(m.role, m.content) end
+  return table.concat(out) .. (o.add_generation_prompt and "<assistant>" or "")
+end
+local function bytes(text) return { text:byte(1, -1) } end
+
+describe("lines of a file", function()
+  it("are found by number: CRLF, no newline at the end, empty ones, a byte order mark, NUL bytes", function()
+    local l = assert(lines.open(file "\239\187\191one\r\ntwo\n\nfo\0ur\nlast"))
+    assert.equal(5, l.count)
+    assert.same({ "one", "two", "", "fo\0ur", "last" }, { l:get(1), l:get(2), l:get(3), l:get(4), l:get(5) })
+    assert.matches("is empty", select(2, lines.open(file "")))
+    assert.equal(1, assert(lines.open(file "\n")).count)
+    local long = ("x"):rep(3 * 2 ^ 20)                                    -- longer than what is read at a time
+    l = assert(lines.open(file(long .. "\nshort\n" .. long)))
+    assert.equal(3, l.count)
+    assert.equal(long, (l:get(1)))
+    assert.equal("short", (l:get(2)))
+    assert.equal(long, (l:get(3)))
+  end)
+
+  it("of a missing or shortened file are an error", function()
+    local l, message = lines.open "/nowhere/rows.jsonl"
+    assert.is_nil(l)
+    assert.matches("/nowhere/rows.jsonl", message)
+    local path = file "first line\nsecond line\n"
+    l = assert(lines.open(path))
+    io.open(path, "w"):close()
+    l, message = l:get(2)
+    assert.is_nil(l)
+    assert.matches("truncated", message)
+  end)
+
+  it("of a large file do not enter memory #large", function()
+    if os.getenv "WANE_LARGE" ~= "1" or os.getenv "WANE_SANITIZER" then return pending "WANE_LARGE=1 runs it" end
+    local path = os.tmpname()
+    paths[#paths + 1] = path
+    assert(os.execute(([[luajit -e 'local s=(("word "):rep(200).."\n"):rep(1000) for i=1,300 do io.write(s) end' >%s]]):format(path)) == 0)   -- 300 MB
+    local before = wane.memory().rss
+    local l = assert(lines.open(path))
+    assert.equal(300000, l.count)
+    for i = 1, l.count, 1000 do assert.equal(1000, #l:get(i)) end
+    assert.is_true(wane.memory().rss - before < 24e6)
+  end)
+end)
+
+describe("rows", function()
+  it("of JSONL text: a sample, its end behind, the tokenizer's beginning in front", function()
+    local path = file '{"text":"ab"}\n{"text":"c"}\n'
+    local rows = assert(data.open(path, tok))
+    assert.equal(2, rows.count)
+    assert.equal("jsonl", rows.kind)
+    assert.same({ ids = { 97, 98, 1 }, labels = { 97, 98, 1 }, line = 1 }, rows:get(1))
+    tok.bos = true
+    assert.same({ 2, 99, 1 }, assert(data.open(path, tok)):get(2).ids)
+    tok.bos = nil
+    rows = assert(data.open(file '{"quote":"abc"}\n', tok, { text_field = "quote", max_length = 2 }))
+    assert.same({ 97, 98 }, rows:get(1).ids)
+    assert.equal(1, rows.truncated)
+  end)
+
+  it("of messages: the answers alone are scored", function()
+    local rows = assert(data.open(file(cjson.encode { messages = { { role = "user", content = "hi" }, { role = "assistant", content = "yo" },
+      { role = "user", content = "?" }, { role = "assistant", content = "!" } } } .. "\n"), tok))
+    local row = rows:get(1)
+    local text, scored = {}, {}
+    for i, id in ipairs(row.ids) do
+      text[i] = string.char(id)
+      scored[i] = row.labels[i] ~= -100 and string.char(row.labels[i]) or "."
+    end
+    assert.equal("<user>hi</>\n<assistant>yo</>\n<user>?</>\n<assistant>!</>\n", table.concat(text))
+    assert.equal(#"<user>hi</>\n<assistant>", table.concat(scored):find "[^.]" - 1)
+    assert.equal("yo</>!</>", (table.concat(scored):gsub("%.", "")))
+  end)
+
+  it("of a real tokenizer's ChatML train the answer and its end", function()
+    if not io.open ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf" then return pending "no demonstration model" end
+    local real = assert(wane.tokenizer.load ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    local messages = { { role = "user", content = "Say hello." }, { role = "assistant", content = "Hello!" } }
+    local row = assert(data.open(file(cjson.encode { messages = messages } .. "\n"), real)):get(1)
+    local learned = {}
+    for _, id in ipairs(row.labels) do if id ~= -100 then learned[#learned + 1] = id end end
+    assert.equal("Hello!<|im_end|>", real:decode(learned, { skip_special_tokens = false }))
+  end)
+
+  it("of pairs: the target alone is scored; an encoder-decoder reads the input", function()
+    local path = file '{"input":"ab","target":"cd"}\n{"prompt":"x","completion":"y"}\n'
+    local rows = assert(data.open(path, tok))
+    assert.same({ ids = { 97, 98, 99, 100, 1 }, labels = { -100, -100, 99, 100, 1 }, line = 1 }, rows:get(1))
+    assert.same({ -100, 121, 1 }, rows:get(2).labels)
+    rows = assert(data.open(path, tok, { encoder_decoder = true }))
+    assert.same({ ids = { 97, 98, 1 }, labels = { 99, 100, 1 }, line = 1 }, rows:get(1))
+  end)
+
+  it("of a plain text: blocks of max_length ids", function()
+    local rows = assert(data.open(file("abcde\nfgh\n", ".txt"), tok, { max_length = 4 }))
+    assert.equal("text", rows.kind)
+    assert.equal(3, rows.count)
+    assert.same(bytes "abcd", rows:get(1).ids)
+    assert.same(bytes "h\n", rows:get(3).ids)
+    assert.equal(2, assert(data.open(file("abcde\nfg\n", ".txt"), tok, { max_length = 4 })).count)      -- a last id has nothing to predict
+  end)
+
+  it("that were exported come back as they were", function()
+    local rows = assert(data.open(file '{"input":"ab","target":"cd"}\n{"input":"e","target":"f"}\n', tok))
+    local path = file ""
+    assert.equal(2, data.export(rows, path, { 2, 1 }))
+    local again = assert(data.open(path, nil))
+    assert.equal("ids", again.kind)
+    assert.same(rows:get(2).labels, again:get(1).labels)
+    assert.same(rows:get(1).ids, again:get(2).ids)
+  end)
+
+  local bad = { ["no JSON"] = "{", ["an empty line"] = "", ["no text in 'text'"] = '{"txt":"a"}', ["no text in 'text' "] = '{"text":3}',
+    ["an empty text"] = '{"text":""}' }
+  for reason, line in pairs(bad) do
+    it("that cannot be used are named by their line, or left out: " .. reason, function()
+      reason = reason:gsub(" $", "")
+      local path = file('{"text":"good"}\n' .. line .. '\n{"text":"fine"}\n')
+      local rows = assert(data.open(path, tok))
+      assert.is_truthy(rows:get(1))
+      assert.error_matches(function() rows:get(2) end, "line 2: " .. reason)
+      rows = assert(data.open(path, tok, { bad_rows = "skip" }))
+      assert.is_nil(rows:get(2))
+      assert.is_nil(rows:get(2))
+      assert.equal(1, rows.bad)
+      assert.equal(2, rows.skipped[1].line)
+    end)
+  end
+
+  it("with nothing to learn are bad rows", function()
+    local rows = assert(data.open(file '{"input":"abcdef","target":"g"}\n', tok, { max_length = 4 }))
+    assert.error_matches(function() rows:get(1) end, "nothing to learn before it is cut")
+  end)
+
+  it("need a file that holds some, and a tokenizer", function()
+    for text, pattern in pairs { [""] = "is empty", ['{"a":1}\n'] = "none of the fields", ["\n\n"] = "it has no lines", ["[1,2\n"] = "no JSON object" } do
+      local rows, message = data.open(file(text), tok)
+      assert.is_nil(rows)
+      assert.matches(pattern, message)
+    end
+    local rows, message = data.open(file '{"text":"a"}\n', nil)
+    assert.is_nil(rows)
+    assert.matches("no tokenizer", message)
+    assert.error_matches(function() data.open(file '{"text":"a"}\n', tok, { bad_rows = "maybe" }) end, "expected 'fail' or 'skip'")
+  end)
+end)
+
+describe("batches", function()
+  local function rows_of(n, longest)
+    local out = {}
+    for i = 1, n do out[i] = cjson.encode { text = string.char(64 + i % 50):rep(1 + i * 7 % longest) } end
+    return assert(data.open(file(table.concat(out, "\n")), tok))
+  end
+
+  it("are shuffled by a permutation, another for every epoch and seed", function()
+    for _, n in ipairs { 1, 2, 3, 10, 1000, 65537 } do
+      local p, seen, moved = batches.permutation(n, 7), {}, 0
+      for i = 0, n - 1 do
+        local v = p(i)
+        assert.is_true(v >= 0 and v < n and not seen[v])
+        seen[v] = true
+        if v ~= i then moved = moved + 1 end
+      end
+      assert.is_true(n < 10 or moved > n / 2)
+    end
+    local a, b = batches.permutation(1000, 1), batches.permutation(1000, 2)
+    local equal = 0
+    for i = 0, 999 do if a(i) == b(i) then equal = equal + 1 end end
+    assert.is_true(equal < 20)
+  end)
+
+  it("hold every row once an epoch, padded on the right, with labels that count", function()
+    local rows = rows_of(10, 5)
+    local feed = batches.new(rows, { batch_size = 3, accumulate = 2, seed = 1, pad = 0 })
+    local seen, sizes = {}, {}
+    repeat
+      local update = feed:next()
+      sizes[#sizes + 1] = #update
+      local count = 0
+      for _, batch in ipairs(update) do
+        for b, line in ipairs(batch.rows) do
+          assert.is_nil(seen[line])
+          seen[line] = true
+          local row = rows:get(line)
+          for t = 1, #batch.ids[b] do
+            assert.equal(row.ids[t] or 0, batch.ids[b][t])
+            assert.equal(row.labels[t] or -100, batch.labels[b][t])
+            assert.equal(row.ids[t] and 1 or 0, batch.attention_mask and batch.attention_mask[b][t] or 1)
+          end
+          count = count + #row.ids - 1
+        end
+      end
+      assert.equal(count, update.count)
+    until feed:at_end()
+    assert.equal(10, #seen)
+    assert.same({ 2, 2 }, sizes)
+    assert.equal(1, feed:next().epoch)
+  end)
+
+  it("of similar length lie together", function()
+    local feed = batches.new(rows_of(60, 40), { batch_size = 4, group_by_length = true, seed = 3 })
+    local last = math.huge
+    repeat
+      local batch = feed:next()[1]
+      for _, line in ipairs(batch.rows) do
+        local n = #feed.rows:get(line).ids
+        assert.is_true(n <= last)
+        last = n
+      end
+    until feed:at_end()
+  end)
+
+  it("are packed: samples apart, nothing lost, no row longer than max_length", function()
+    local rows = rows_of(23, 9)
+    local feed = batches.new(rows, { batch_size = 2, packing = true, max_length = 16, seed = 5 })
+    local seen = {}
+    repeat
+      local batch = feed:next()[1]
+      for b, ids in ipairs(batch.ids) do
+        assert.is_true(#ids <= 16)
+        for t = 1, #ids do
+          local first, position = batch.first[b][t], batch.positions[b][t]
+          assert.equal(t - 1 - first, position)
+          if position == 0 then assert.equal(-100, batch.labels[b][t]) end
+          if t > 1 then assert.is_true(first >= batch.first[b][t - 1]) end
+        end
+      end
+      for _, line in ipairs(batch.rows) do seen[#seen + 1] = line end
+    until feed:at_end()
+    table.sort(seen)
+    assert.equal(23, #seen)
+    for i, line in ipairs(seen) do assert.equal(i, line) end
+  end)
+
+  for _, o in ipairs { {}, { packing = true, max_length = 20 }, { group_by_length = true }, { shuffle = false }, { drop_last = true } } do
+    it("go on anywhere as if they had not stopped: " .. (next(o) or "plain"), function()
+      local rows = rows_of(37, 9)
+      local function new()
+        local options = { batch_size = 3, accumulate = 2, seed = 11 }
+        for key, value in pairs(o) do options[key] = value end
+        return batches.new(rows, options)
+      end
+      local feed, states, updates = new(), {}, {}
+      for i = 1, 25 do
+        states[i] = cjson.decode(cjson.encode(feed:state()))
+        updates[i] = feed:next()
+      end
+      for _, i in ipairs { 1, 2, 7, 12, 20 } do
+        local again = new():restore(states[i])
+        for k = i, 25 do assert.same(updates[k], again:next()) end
+      end
+    end)
+  end
+
+  it("tell what cannot be", function()
+    local rows = assert(data.open(file '{"text":"a"}\n{"text":"a"}\n', tok, { max_length = 1, bad_rows = "skip" }))
+    assert.error_matches(function() batches.new(rows):next() end, "no row of .* can be used: line %d: nothing to learn")
+    assert.error_matches(function() batches.new(rows, { packing = true, group_by_length = true }) end, "exclude each other")
+  end)
+
+  it("packed give the loss and the gradients of their samples alone", function()
+    local model = assert(wane.load(golden.root .. "llama", { tokenizer = false, compute = "f32" }))
+    model:train_parameters "q_proj"
+    local samples = { { 5, 9, 30, 2, 7 }, { 11, 3, 8 }, { 40, 41, 42, 43 } }
+    local lines_ = {}
+    for i, ids in ipairs(samples) do lines_[i] = cjson.encode { input_ids = ids } end
+    local rows = assert(data.open(file(table.concat(lines_, "\n")), nil))
+    local function gradients(update)
+      local total = 0
+      core.scope(function()
+        for _, b in ipairs(update) do
+          local loss = model:loss(b.ids, b.labels, { count = update.count, attention_mask = b.attention_mask, positions = b.positions, first = b.first })
+          loss:backward()
+          total = total + loss:item()
+        end
+      end)
+      local out = { total }
+      for i, p in ipairs(model:trainable_parameters()) do
+        out[i + 1] = p.grad
+        p.grad = nil
+      end
+      return out
+    end
+    local packed = gradients(batches.new(rows, { batch_size = 1, packing = true, max_length = 16, shuffle = false }):next())
+    local alone = gradients(batches.new(rows, { batch_size = 1, accumulate = 3, shuffle = false }):next())
+    assert.is_true(math.abs(packed[1] - alone[1]) < 1e-5)
+    local worst = 0
+    for i = 2, #packed do worst = math.max(worst, (packed[i] - alone[i]):abs():max():item() / alone[i]:abs():max():item()) end
+    print(("  packed against alone: gradients differ by %.2g of the largest"):format(worst))
+    assert.is_true(worst < 1e-5)
+    model:close()
+  end)
+end)

@@ -1,0 +1,254 @@
+-- The training loop: what it logs, saves and resumes; that a run cut anywhere ends with the same bits; the command.
+local cjson = require "cjson"
+local core = require "wane.core"
+local curve = require "wane.train.curve"
+local data = require "wane.train.data"
+local golden = require "spec.support.golden"
+local log = require "wane.train.log"
+local lora = require "wane.lora"
+local paths = require "wane.checkpoint.paths"
+local saves = require "wane.train.saves"
+local wane = require "wane"
+
+local folders = {}
+local function folder()
+  local dir = os.tmpname()
+  os.remove(dir)
+  folders[#folders + 1] = dir
+  os.execute("mkdir -p " .. dir)
+  return dir
+end
+teardown(function() for _, dir in ipairs(folders) do os.execute("rm -rf " .. dir) end end)
+
+local function write(path, text)
+  local f = assert(io.open(path, "w"))
+  f:write(text)
+  f:close()
+  return path
+end
+
+-- Rows of ids that a tiny model can learn: a run of numbers.
+local function rows_file(n)
+  local out = {}
+  for i = 1, n do
+    local ids = {}
+    for t = 1, 5 + i % 4 do ids[t] = 3 + (i * 5 + t) % 40 end
+    out[i] = cjson.encode { input_ids = ids }
+  end
+  return write(folder() .. "/rows.jsonl", table.concat(out, "\n"))
+end
+
+local rows_path = rows_file(40)
+local function open() return assert(data.open(rows_path, nil)) end
+
+local function adapted(o)
+  o = o or {}
+  local model = assert(wane.load(golden.root .. "llama", { tokenizer = false, compute = "f32", quant = o.quant }))
+  lora.attach(model, { r = 4, alpha = 8, dropout = o.dropout or 0.1, target_modules = "all-linear", seed = 3 })
+  return model
+end
+
+local function values(model)
+  local out = {}
+  for _, p in ipairs(model:trainable_parameters()) do out[p.name] = p:totable() end
+  return out
+end
+
+local settings = { lr = 1e-2, batch_size = 4, accumulate = 2, max_steps = 12, warmup_steps = 2, optim = "adamw_8bit", seed = 5 }
+local function with(more)
+  local o = {}
+  for _, source in ipairs { settings, more } do for key, value in pairs(source) do o[key] = value end end
+  return o
+end
+
+describe("a run", function()
+  it("lowers the loss and logs every update", function()
+    local dir, model, seen = folder(), adapted(), {}
+    local o = with { log = dir .. "/log.jsonl", max_steps = 30, on_update = function(r) seen[#seen + 1] = r.step end }
+    local result = assert(wane.train.run(model, open(), o))
+    assert.equal(30, result.steps)
+    assert.equal(30, #seen)
+    assert.is_true(result.loss < 0.7 * result.records[1].loss, ("%g -> %g"):format(result.records[1].loss, result.loss))
+    local n = 0
+    for line in io.lines(dir .. "/log.jsonl") do
+      n = n + 1
+      local r = cjson.decode(line)
+      assert.equal(n, r.step)
+      for _, key in ipairs { "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "rss_bytes", "seconds", "epoch" } do assert.is_number(r[key]) end
+    end
+    assert.equal(30, n)
+    assert.equal(0, cjson.decode(io.open(dir .. "/log.jsonl"):read "*l").lr)
+    model:close()
+  end)
+
+  for _, o in ipairs { {}, { checkpointing = true }, { packing = true, max_length = 24 }, { optim = "paged_lion_8bit" } } do
+    it("cut and resumed ends with the same bits: " .. (next(o) or "plain"), function()
+      local whole = adapted()
+      assert(wane.train.run(whole, open(), with(o)))
+      local dir, asked = folder(), 0
+      local first = adapted()
+      local cut = with { out = dir, save_every = 3, log = dir .. "/log.jsonl", cancelled = function() asked = asked + 1 return asked == 7 end }
+      for key, value in pairs(o) do cut[key] = value end
+      assert.equal("cancelled", assert(wane.train.run(first, open(), cut)).stopped)
+      assert.equal(7, select(2, saves.latest(dir)))                       -- a cancelled run saves before it leaves
+      os.execute("rm -r " .. dir .. "/checkpoint-7")                      -- as if it had been killed: two updates are lost
+      local second = adapted()
+      cut.cancelled, cut.resume = nil, true
+      local result = assert(wane.train.run(second, open(), cut))
+      assert.equal(12, result.steps)
+      assert.same(values(whole), values(second))
+      local steps = {}
+      for line in io.lines(dir .. "/log.jsonl") do steps[#steps + 1] = cjson.decode(line).step end
+      assert.same({ 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 }, steps)        -- none twice
+      for _, m in ipairs { whole, first, second } do m:close() end
+    end)
+  end
+
+  it("gives the same bits with one thread and with two, checkpointed or not", function()
+    local results = {}
+    for i, o in ipairs { {}, { checkpointing = true }, {} } do
+      wane.threads(i == 3 and 1 or 2)
+      local model = adapted { quant = "nf4" }
+      assert(wane.train.run(model, open(), with(o)))
+      results[i] = values(model)
+      model:close()
+    end
+    wane.threads(0)
+    assert.same(results[1], results[2])
+    assert.same(results[1], results[3])
+  end)
+
+  it("keeps the best adapter, stops when held-out rows gain no more, and rotates checkpoints", function()
+    local dir, model = folder(), adapted { dropout = 0 }
+    local held_out = open()
+    local result = assert(wane.train.run(model, open(), with { out = dir, lr = 0.3, max_steps = 60, save_every = 2, save_total_limit = 2, eval_rows = held_out,
+      eval_every = 2, patience = 2, schedule = "constant", warmup_steps = 0 }))
+    assert.equal("early", result.stopped)
+    assert.is_true(result.steps < 60)
+    assert.is_true(lora.is_adapter(dir .. "/best"))
+    local n = 0
+    for _, name in ipairs(paths.list(dir)) do if name:find "^checkpoint" then n = n + 1 end end
+    assert.equal(2, n)
+    local best = assert(wane.load(golden.root .. "llama", { tokenizer = false, compute = "f32", lora = dir .. "/best" }))
+    assert.is_true(math.abs(wane.train.evaluate(best, held_out, { batch_size = 4 }).loss - result.best.eval_loss) < 1e-5)
+    best:close()
+    model:close()
+  end)
+
+  it("trains parameters of the model itself: full weights, norms, an encoder-decoder", function()
+    for name, pattern in pairs { llama = ".", gpt2 = "1-d", t5 = "layer_norm" } do
+      local model = assert(wane.load(golden.root .. name, { tokenizer = false, compute = "f32" }))
+      assert.is_true(model:train_parameters(pattern) > 0)
+      local rows = open()
+      rows.encoder_decoder = model.encode ~= nil
+      local dir = folder()
+      local o = with { optim = "adamw", out = dir, save_every = 6, lr = 5e-3 }
+      local result = assert(wane.train.run(model, rows, o))
+      assert.is_true(result.loss < result.records[1].loss)
+      local again = assert(wane.load(golden.root .. name, { tokenizer = false, compute = "f32" }))
+      again:train_parameters(pattern)
+      o.resume = true
+      assert(wane.train.run(again, rows, o))                              -- nothing is left to do: the weights are read back
+      assert.same(values(model), values(again))
+      model:close()
+      again:close()
+    end
+  end)
+
+  it("leaves memory where it was", function()
+    if os.getenv "WANE_SANITIZER" then return pending "counts memory" end
+    local model, rss = adapted(), {}
+    assert(wane.train.run(model, open(), with { max_steps = 200, on_update = function(r)
+      core.wait()
+      collectgarbage()
+      rss[r.step] = wane.memory().heap
+    end }))
+    assert.is_true(rss[200] - rss[20] < 2 ^ 20, ("%d bytes more"):format(rss[200] - rss[20]))
+    model:close()
+  end)
+
+  it("refuses to resume another run, and says what differs", function()
+    local dir = folder()
+    local model = adapted()
+    assert(wane.train.run(model, open(), with { out = dir, save_every = 12 }))
+    local function refused(o, pattern)
+      local ok, message = wane.train.run(model, open(), with(o))
+      assert.is_nil(ok)
+      assert.matches(pattern, message)
+    end
+    refused({ out = dir, resume = true, lr = 1 }, "belongs to a run with lr = 0.01; this one has 1")
+    refused({ out = dir, resume = true, optim = "adamw" }, "holds the state of adamw with 8 bits")
+    refused({ out = folder(), resume = true }, "there is no checkpoint in")
+    write(dir .. "/checkpoint-12/trainer_state.json", "{")
+    refused({ out = dir, resume = true }, "is no JSON")
+    assert.error_matches(function() wane.train.run(model, open(), { lrr = 1 }) end, "there is no option 'lrr'")
+    assert.error_matches(function() wane.train.run(model, open(), { resume = true }) end, "need `out`")
+    lora.train(model, false)
+    assert.error_matches(function() wane.train.run(model, open(), settings) end, "the model trains nothing")
+    model:close()
+  end)
+end)
+
+describe("a checkpoint", function()
+  it("is whole or not there, whichever file fails", function()
+    local model, dir = adapted(), folder()
+    assert(wane.train.run(model, open(), with { out = dir, save_every = 4, max_steps = 4 }))
+    local serialize = require "wane.serialize"
+    local real = serialize.save
+    for fail = 1, 2 do
+      local calls = 0
+      serialize.save = function(...)
+        calls = calls + 1
+        if calls == fail then return nil, "no space left on the device" end
+        return real(...)
+      end
+      local ok, message = pcall(wane.train.run, model, open(), with { out = dir, save_every = 8, max_steps = 8 })
+      serialize.save = real
+      assert.is_false(ok)
+      assert.matches("the checkpoint of step 8 was not written: no space left", message)
+      assert.equal(4, select(2, saves.latest(dir)))
+    end
+    os.execute(("mkdir -p %s/.checkpoint-9.part && touch %s/.checkpoint-9.part/x"):format(dir, dir))     -- of a run that was killed
+    saves.sweep(dir)
+    assert.is_false(paths.is_folder(dir .. "/.checkpoint-9.part"))
+    model:close()
+  end)
+end)
+
+describe("logs and curves", function()
+  it("a log goes on from a step, without a line that a kill cut short", function()
+    local path = write(folder() .. "/l.jsonl", '{"step":1,"loss":3}\n{"step":2,"loss":2}\n{"step":3,"loss":1}\n{"step":')
+    local l = assert(log.open(path, 2))
+    l:add { step = 3, loss = 0.5 }
+    l:close()
+    assert.same({ { 1, 3 }, { 2, 2 }, { 3, 0.5 } }, l:points "loss")
+    assert.equal(3, #l.records)
+    local _, message = log.open "/nowhere/l.jsonl"
+    assert.matches("cannot write the log", message)
+  end)
+
+  it("a curve is drawn in a terminal's characters", function()
+    local points = {}
+    for i = 1, 100 do points[i] = { i, 5 - i / 25 } end
+    local text = curve.terminal({ { name = "loss", points = points } }, 60, 8)
+    local lines = {}
+    for line in text:gmatch "[^\n]+" do lines[#lines + 1] = line end
+    assert.equal(10, #lines)
+    assert.matches("^ 4%.96│⠉", lines[1])
+    assert.matches("^    1│.+[^ ]$", lines[8])
+    assert.matches("^ +1 +100$", lines[10])
+    assert.equal("", curve.terminal({ { name = "loss", points = {} } }, 60, 8))
+    assert.is_string(curve.terminal({ { name = "loss", points = { { 1, 2 } } } }, 20, 4))
+  end)
+
+  it("and as an SVG with axes, both curves and a title", function()
+    local svg = curve.svg({ { name = "loss", points = { { 1, 4 }, { 10, 2 } } }, { name = "held out", points = { { 5, 3 } } } }, "a < b & c")
+    assert.matches("^<svg xmlns=", svg)
+    assert.matches("a &lt; b &amp; c", svg)
+    assert.equal(2, select(2, svg:gsub("<polyline", "")))
+    assert.matches(">step<", svg)
+    assert.matches('points="64%.0,40%.0 704%.0,316%.0"', svg)
+    assert.matches("</svg>\n$", svg)
+    assert.is_string(curve.svg({ { name = "loss", points = {} } }, "empty"))
+  end)
+end)
