@@ -97,9 +97,6 @@ elseif first:find "^%-" and first ~= "-" then
   return 2
 end
 
--- Names that users of later versions know; a file of that name is still run.
-local later = { finetune = "training adapters" }
-
 local command = first:find "^[%w-]+$" and home .. "/scripts/" .. first .. ".lua"
 if command and readable(command) then
   shift(1, command)
@@ -107,10 +104,6 @@ if command and readable(command) then
 elseif first == "-" or readable(first) then
   shift(1, first)
   return run(loadfile(first ~= "-" and first or nil))
-end
-if later[first] then
-  io.stderr:write(("wane: '%s' (%s) is not part of this version yet\n"):format(first, later[first]))
-  return 2
 end
 io.stderr:write(("wane: '%s' is neither a command nor a readable file\n\n"):format(first))
 usage(io.stderr)

@@ -29,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LEFT_BITS = 24, SPIN_US = 20, IDLE_SECONDS = 5, WORKER_STACK = 512 << 10 };
+enum { LEFT_BITS = 24, SPIN_US = 20, BUSY_SPIN_US = 300, IDLE_SECONDS = 5, WORKER_STACK = 512 << 10 };
 #define LEFT_MASK ((1ull << LEFT_BITS) - 1)
 
 static struct device {
@@ -212,16 +212,18 @@ static int leave(int idle) {
   return go;
 }
 
+/* Waits for chunks a little: longer while another worker's op runs, because what follows it will be there at once, and a worker that is woken
+ * comes late, or to a processor that is busy. */
 static int spin(void) {
-  double end = 0;
+  double begun = 0;
   for (;;) {
     for (int i = 0; i < 32; i++) {
       if (atomic_load_explicit(&cpu.cursor, memory_order_relaxed) & LEFT_MASK) return 1;
       pause_cpu();
     }
     double now = wane_clock();
-    if (end == 0) end = now + SPIN_US * 1e-6;
-    else if (now >= end) return 0;
+    if (begun == 0) begun = now;
+    if (now - begun >= (atomic_load_explicit(&cpu.active, memory_order_relaxed) ? BUSY_SPIN_US : SPIN_US) * 1e-6) return 0;
   }
 }
 

@@ -15,9 +15,13 @@ local M = {}
 M.IGNORED = -100
 
 -- Bytes of scores at a time.
-local SCORES = 2 ^ 25
+local SCORES = 2 ^ 26
 
-local function rows_at_a_time(vocabulary) return math.max(32, math.floor(SCORES / (4 * vocabulary) / 32) * 32) end
+-- Rows at a time: equal parts, of multiples of 32 rows, that stay within SCORES.
+local function rows_at_a_time(rows, vocabulary)
+  local most = math.max(32, math.floor(SCORES / (4 * vocabulary)))
+  return math.ceil(rows / math.ceil(rows / most) / 32) * 32
+end
 
 -- Does the head itself have leaves (a trained or tied weight, adapters)?
 local function head_trains(head)
@@ -84,7 +88,7 @@ end
 -- @return wane.Tensor f32 [1]
 function M.cross_entropy(model, x, labels, scale)
   local head = model:find(model.family.head)
-  local rows = rows_at_a_time(head.out_features)
+  local rows = rows_at_a_time(x:shape()[1], head.out_features)
   if autograd.recording and autograd.needs(x) and not head_trains(head) then return with_frozen_head(model, x, labels, scale, rows) end
   local losses = {}
   each_piece(x, labels, rows, function(_, some, their)

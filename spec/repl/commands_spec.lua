@@ -178,13 +178,6 @@ describe("doctor", function()
 end)
 
 describe("mistakes that a command must tell", function()
-  it("names what later versions bring", function()
-    local status, out, err = wane "finetune --help"
-    assert.equal(2, status)
-    assert.equal("", out)
-    assert.matches("finetune.*not part of this version yet", err)
-  end)
-
   it("a full disk under stdout is a failure", function()
     local status = os.execute(program .. " doctor --json >/dev/full 2>/dev/null")
     assert.is_true(status ~= 0 and status ~= nil)
