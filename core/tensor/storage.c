@@ -44,13 +44,14 @@ static void pool_drop(wane_stream *s, int c) {
   enqueue_release(s, WANE_STORAGE_POOL, f->blocks[--f->count], NULL, class_bytes(c));
 }
 
-/* A pool that holds much more than is used has met tensors of many sizes (batches of many lengths): before it grows again, blocks that fitted
- * nothing go, the small classes first, because one block of another size costs less to make anew than many. */
-static void pool_settle(wane_stream *s) {
-  size_t used = s->pool_bytes - s->pool_free, most = used / 4 + POOL_SLACK;
-  if (s->pool_free <= most) return;
-  for (int c = 0; c < CLASSES && s->pool_free > most / 2; c++)
-    while (s->pool[c].count && s->pool_free > most / 2) pool_drop(s, c);
+/* A pool that is about to hold much more than was ever used at once has met tensors of many sizes (batches of many lengths): free blocks that did
+ * not fit go, the small classes first. The same sizes over and over never come here. */
+static void pool_settle(wane_stream *s, size_t wanted) {
+  size_t used = s->pool_bytes - s->pool_free + wanted;
+  if (used > s->pool_peak) s->pool_peak = used;
+  size_t most = s->pool_peak + s->pool_peak / 4 + POOL_SLACK;
+  for (int c = 0; c < CLASSES && s->pool_bytes + wanted > most; c++)
+    while (s->pool[c].count && s->pool_bytes + wanted > most) pool_drop(s, c);
 }
 
 static void *pool_take(wane_stream *s, size_t bytes, int32_t *class_out) {
@@ -64,7 +65,7 @@ static void *pool_take(wane_stream *s, size_t bytes, int32_t *class_out) {
       s->pool_free -= class_bytes(k);
       return s->pool[k].blocks[--s->pool[k].count];
     }
-  pool_settle(s);
+  pool_settle(s, rounded);
   freelist *f = &s->pool[c];
   *class_out = c;
   if (f->made == f->capacity) {

@@ -41,7 +41,7 @@ struct wane_stream {
   int32_t nbad;
   wane_scope *scope, *scopes;
   freelist pool[CLASSES];
-  size_t pool_bytes, pool_free;            /* in all, and of it in the free lists */
+  size_t pool_bytes, pool_free, pool_peak;    /* in all; of it in the free lists; most that was in use at once when it grew */
   wane_storage *storage_free;
   void **slabs; int32_t nslabs, slabs_capacity;
   wane_storage *dying;                        /* storages freed after the stream was closed */
