@@ -103,12 +103,12 @@ int64_t wane_lines_count(const wane_lines *l) { return l->count; }
 int64_t wane_lines_read(const wane_lines *l, int64_t i, char *text, int64_t room) {
   if (i < 0 || i >= l->count) return wane_fail(WANE_E_ARG, "'%s' has %lld lines; line %lld was asked for", l->file.path, (long long)l->count, (long long)i + 1);
   uint64_t from = l->start[i], n = l->start[i + 1] - from;
-  char last[2];
-  while (n > 0) {                                     /* without its end: "\n" or "\r\n" */
-    int status = wane_file_read(&l->file, from + n - 1, last, 1);
+  char last;
+  for (const char *end = "\n\r"; *end && n > 0; end++) {                     /* without its end: "\n" or "\r\n" */
+    int status = wane_file_read(&l->file, from + n - 1, &last, 1);
     if (status != WANE_OK) return status;
-    if (last[0] != '\n' && last[0] != '\r') break;
-    n--;
+    if (last == *end) n--;
+    else if (*end == '\n') break;                    /* the last line, cut off */
   }
   if (n > INT64_MAX) return wane_fail(WANE_E_SHAPE, "line %lld of '%s' is too long", (long long)i + 1, l->file.path);
   if ((int64_t)n <= room && n > 0) {

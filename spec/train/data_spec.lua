@@ -36,9 +36,9 @@ local function bytes(text) return { text:byte(1, -1) } end
 
 describe("lines of a file", function()
   it("are found by number: CRLF, no newline at the end, empty ones, a byte order mark, NUL bytes", function()
-    local l = assert(lines.open(file "\239\187\191one\r\ntwo\n\nfo\0ur\nlast"))
+    local l = assert(lines.open(file "\239\187\191one\r\r\ntwo\n\nfo\0ur\nlast"))
     assert.equal(5, l.count)
-    assert.same({ "one", "two", "", "fo\0ur", "last" }, { l:get(1), l:get(2), l:get(3), l:get(4), l:get(5) })
+    assert.same({ "one\r", "two", "", "fo\0ur", "last" }, { l:get(1), l:get(2), l:get(3), l:get(4), l:get(5) })
     assert.matches("is empty", select(2, lines.open(file "")))
     assert.equal(1, assert(lines.open(file "\n")).count)
     local long = ("x"):rep(3 * 2 ^ 20)                                    -- longer than what is read at a time
@@ -123,6 +123,7 @@ describe("rows", function()
   end)
 
   it("of a plain text: blocks of max_length ids", function()
+    assert.equal("text", assert(data.open(file("\n\nabc\n", ".txt"), tok)).kind)
     local rows = assert(data.open(file("abcde\nfgh\n", ".txt"), tok, { max_length = 4 }))
     assert.equal("text", rows.kind)
     assert.equal(3, rows.count)
@@ -141,12 +142,13 @@ describe("rows", function()
     assert.same(rows:get(1).ids, again:get(2).ids)
   end)
 
-  local bad = { ["no JSON"] = "{", ["an empty line"] = "", ["no text in 'text'"] = '{"txt":"a"}', ["no text in 'text' "] = '{"text":3}',
-    ["an empty text"] = '{"text":""}' }
+  local bad = { ["the conversation begins"] = '{"messages":[{"role":"assistant","content":"a"}]}', ["no JSON"] = "{", ["an empty line"] = "",
+    ["no text in 'text'"] = '{"txt":"a"}', ["no text in 'text' "] = '{"text":3}', ["an empty text"] = '{"text":""}' }
   for reason, line in pairs(bad) do
     it("that cannot be used are named by their line, or left out: " .. reason, function()
       reason = reason:gsub(" $", "")
-      local path = file('{"text":"good"}\n' .. line .. '\n{"text":"fine"}\n')
+      local good = line:find "messages" and '{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}' or '{"text":"good"}'
+      local path = file(good .. "\n" .. line .. "\n" .. good .. "\n")
       local rows = assert(data.open(path, tok))
       assert.is_truthy(rows:get(1))
       assert.error_matches(function() rows:get(2) end, "line 2: " .. reason)
@@ -173,6 +175,9 @@ describe("rows", function()
     assert.is_nil(rows)
     assert.matches("no tokenizer", message)
     assert.error_matches(function() data.open(file '{"text":"a"}\n', tok, { bad_rows = "maybe" }) end, "expected 'fail' or 'skip'")
+    assert.error_matches(function() data.open(file '{"text":"a"}\n', tok, { max_length = 0 }) end, "expected a whole number above 1, found 0")
+    rows = assert(data.open(file '{"input_ids":[1,2]}\n{"input_ids":["1"]}\n', nil))
+    assert.error_matches(function() rows:get(2) end, "line 2: entry 1 of 'input_ids' is no id")
   end)
 end)
 
@@ -204,8 +209,7 @@ describe("batches", function()
     local rows = rows_of(10, 5)
     local feed = batches.new(rows, { batch_size = 3, accumulate = 2, seed = 1, pad = 0 })
     local seen, sizes = {}, {}
-    repeat
-      local update = feed:next()
+    for update in feed.rest, feed do
       sizes[#sizes + 1] = #update
       local count = 0
       for _, batch in ipairs(update) do
@@ -222,7 +226,7 @@ describe("batches", function()
         end
       end
       assert.equal(count, update.count)
-    until feed:at_end()
+    end
     assert.equal(10, #seen)
     assert.same({ 2, 2 }, sizes)
     assert.equal(1, feed:next().epoch)
@@ -231,22 +235,21 @@ describe("batches", function()
   it("of similar length lie together", function()
     local feed = batches.new(rows_of(60, 40), { batch_size = 4, group_by_length = true, seed = 3 })
     local last = math.huge
-    repeat
-      local batch = feed:next()[1]
-      for _, line in ipairs(batch.rows) do
+    for update in feed.rest, feed do
+      for _, line in ipairs(update[1].rows) do
         local n = #feed.rows:get(line).ids
         assert.is_true(n <= last)
         last = n
       end
-    until feed:at_end()
+    end
   end)
 
   it("are packed: samples apart, nothing lost, no row longer than max_length", function()
     local rows = rows_of(23, 9)
     local feed = batches.new(rows, { batch_size = 2, packing = true, max_length = 16, seed = 5 })
     local seen = {}
-    repeat
-      local batch = feed:next()[1]
+    for update in feed.rest, feed do
+      local batch = update[1]
       for b, ids in ipairs(batch.ids) do
         assert.is_true(#ids <= 16)
         for t = 1, #ids do
@@ -257,7 +260,7 @@ describe("batches", function()
         end
       end
       for _, line in ipairs(batch.rows) do seen[#seen + 1] = line end
-    until feed:at_end()
+    end
     table.sort(seen)
     assert.equal(23, #seen)
     for i, line in ipairs(seen) do assert.equal(i, line) end
@@ -283,9 +286,21 @@ describe("batches", function()
     end)
   end
 
+  it("end with their epoch where the last rows are left out, or dropped", function()
+    local rows = assert(data.open(file '{"text":"aa"}\n{"text":"bb"}\n{}\n', tok, { bad_rows = "skip" }))
+    local n, feed = 0, batches.new(rows, { batch_size = 1, shuffle = false })
+    for _ in feed.rest, feed do n = n + 1 end
+    assert.equal(2, n)
+    feed, n = batches.new(rows_of(10, 5), { batch_size = 4, drop_last = true }), 0
+    for _ in feed.rest, feed do n = n + 1 end
+    assert.equal(2, n)
+    feed = batches.new(rows_of(3, 40), { batch_size = 1, packing = true, max_length = 8 })
+    for update in feed.rest, feed do assert.is_true(#update[1].ids[1] <= 8) end
+  end)
+
   it("tell what cannot be", function()
-    local rows = assert(data.open(file '{"text":"a"}\n{"text":"a"}\n', tok, { max_length = 1, bad_rows = "skip" }))
-    assert.error_matches(function() batches.new(rows):next() end, "no row of .* can be used: line %d: nothing to learn")
+    local rows = assert(data.open(file '{"text":""}\n{"text":""}\n', tok, { bad_rows = "skip" }))
+    assert.error_matches(function() batches.new(rows):next() end, "no row of .* can be used: line %d: an empty text")
     assert.error_matches(function() batches.new(rows, { packing = true, group_by_length = true }) end, "exclude each other")
   end)
 

@@ -145,14 +145,15 @@ local function pack_row(self)
     local row = self.left or take(self)
     self.left = nil
     if not row then break end
-    if #out.ids > 0 and #out.ids + #row.ids > self.max_length then
+    local length = math.min(#row.ids, self.max_length)
+    if #out.ids > 0 and #out.ids + length > self.max_length then
       self.left = row
       break
     end
     local begin = #out.ids
-    for t, id in ipairs(row.ids) do
+    for t = 1, length do
       local k = begin + t
-      out.ids[k], out.labels[k], out.positions[k], out.first[k] = id, t == 1 and IGNORED or row.labels[t], t - 1, begin
+      out.ids[k], out.labels[k], out.positions[k], out.first[k] = row.ids[t], t == 1 and IGNORED or row.labels[t], t - 1, begin
     end
     out.lines[#out.lines + 1] = row.line
   end
@@ -187,10 +188,10 @@ local function next_batch(self)
   return self.packing and packed(self, list) or padded(self, list)
 end
 
---- The micro-batches of the next update: `accumulate` of them, fewer at the end of an epoch. After an epoch's last comes the next epoch's first.
--- @return table { count = labels that count in all, tokens, epoch = this update's (from 0), batches … }
-function Feed:next()
-  for attempt = 1, 2 do
+--- The next update of this epoch, or nil at its end.
+-- @return table|nil { count = labels that count in all, tokens, epoch = this update's (from 0), batches … }
+function Feed:rest()
+  repeat
     local update = { count = 0, tokens = 0, epoch = self.epoch }
     for i = 1, self.accumulate do
       local batch = next_batch(self)
@@ -198,18 +199,21 @@ function Feed:next()
       update[i] = batch
       update.count, update.tokens = update.count + batch.count, update.tokens + batch.tokens
     end
-    if #update > 0 and update.count > 0 then return update end
-    if #update == 0 then
-      if attempt == 2 then break end
-      self:begin(self.epoch + 1)
-    end
-  end
+    if update.count > 0 then return update end
+  until #update == 0
+end
+
+--- The micro-batches of the next update: `accumulate` of them, fewer at the end of an epoch. After an epoch's last comes the next epoch's first.
+-- @return table { count = labels that count in all, tokens, epoch = this update's (from 0), batches … }
+function Feed:next()
+  local update = self:rest()
+  if update then return update end
+  self:begin(self.epoch + 1)
+  update = self:rest()
+  if update then return update end
   core.raise("batches: no row of %s can be used%s", tostring(self.rows.path),
     self.rows.skipped[1] and (": line %d: %s"):format(self.rows.skipped[1].line, self.rows.skipped[1].reason) or "")
 end
-
---- Has this epoch no rows left?
-function Feed:at_end() return self.at >= self.rows.count and not self.left end
 
 --- Where the feed stands.
 -- @return table { epoch, at, left = the line of a row that opens the next packed one }

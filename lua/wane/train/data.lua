@@ -76,17 +76,20 @@ function makers.messages(self, row)
   for i, m in ipairs(messages) do
     if type(m) ~= "table" or type(m.role) ~= "string" or type(m.content) ~= "string" then return nil, ("message %d has no role and content"):format(i) end
   end
+  if messages[1].role == "assistant" then return nil, "the conversation begins with an answer" end
   local ids, labels, done, list = {}, {}, "", {}
   -- Parts are tokenized on their own, as they are when the model answers: its prompt ends where the answer begins.
   for i, m in ipairs(messages) do
     if m.role == "assistant" then
-      local before = self.tok:apply_chat_template(list, { add_generation_prompt = true, tokenize = false })
+      local before, message = self.tok:apply_chat_template(list, { add_generation_prompt = true, tokenize = false })
+      if not before then return nil, message end
       if before:sub(1, #done) ~= done then return nil, "the template changes earlier turns" end
       append(ids, labels, plain(self, before:sub(#done + 1)), false)
       done = before
     end
     list[i] = m
-    local after = self.tok:apply_chat_template(list, { add_generation_prompt = false, tokenize = false })
+    local after, message = self.tok:apply_chat_template(list, { add_generation_prompt = false, tokenize = false })
+    if not after then return nil, message end
     local part = after:sub(#done + 1)
     if m.role == "assistant" then
       local answer, rest = part:match "^(.*%S)(%s*)$"
@@ -122,7 +125,13 @@ end
 
 function makers.ids(_, row)
   local ids, labels = row.input_ids, row.labels or row.input_ids
-  if type(ids) ~= "table" or type(ids[1]) ~= "number" or type(labels) ~= "table" then return nil, "'input_ids' is no list of numbers" end
+  for _, field in ipairs { { "input_ids", ids }, { "labels", labels } } do
+    local name, list = field[1], field[2]
+    if type(list) ~= "table" then return nil, ("'%s' is no list of ids"):format(name) end
+    for i = 1, #list do
+      if type(list[i]) ~= "number" or list[i] % 1 ~= 0 then return nil, ("entry %d of '%s' is no id"):format(i, name) end
+    end
+  end
   return ids, labels
 end
 
@@ -200,7 +209,7 @@ local function detect(self, opts)
       if kind then return kind end
       reason = ("line %d has none of the fields '%s', 'messages', 'input' and 'target', 'input_ids'"):format(i, self.text_field)
     elseif text and text:find "%S" then
-      if i == 1 and not self.path:find "%.jsonl?$" and not opts.text_field then return "text" end
+      if not self.path:find "%.jsonl?$" and not opts.text_field then return "text" end
       reason = ("line %d: %s"):format(i, message)
     end
   end
@@ -253,6 +262,9 @@ function M.open(path, tok, opts)
     encoder_decoder = opts.encoder_decoder or false, bad_rows = opts.bad_rows or "fail", bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
   if self.bad_rows ~= "fail" and self.bad_rows ~= "skip" then
     core.raise("data.open: bad_rows: expected 'fail' or 'skip', found '%s'", tostring(self.bad_rows))
+  end
+  if self.max_length < 2 or self.max_length % 1 ~= 0 then
+    core.raise("data.open: max_length: expected a whole number above 1, found %s", tostring(opts.max_length))
   end
   self.kind = opts.kind
   if not self.kind then

@@ -59,13 +59,9 @@ local function updates_per_epoch(feed, o)
     return math.ceil(n / o.accumulate)
   end
   local n = 0
-  repeat
-    local update = feed:next()
-    if update.epoch > 0 then break end
-    n = n + 1
-  until feed:at_end()
+  while feed:rest() do n = n + 1 end
   feed:begin(0)
-  return n
+  return math.max(n, 1)
 end
 
 local Run = {}
@@ -141,12 +137,11 @@ function M.evaluate(model, rows, o)
   o = o or {}
   local feed = batches.new(rows, { batch_size = o.batch_size or 8, shuffle = false, pad = o.pad })
   local sum, count = 0, 0
-  repeat
-    local update = feed:next()
+  for update in feed.rest, feed do
     local batch = update[1]
     autograd.no_grad(core.scope, function() sum = sum + model:loss(batch.ids, batch.labels, loss_options(batch, 1)):item() end)
     count = count + batch.count
-  until feed:at_end()
+  end
   return { loss = sum / count, perplexity = math.exp(sum / count), count = count }
 end
 
