@@ -1,4 +1,4 @@
--- Adapters that wane makes and writes, loaded by the real peft: no key missing or unknown, the same logits. Needs .cache/upstream-venv
+-- Adapters that wane makes, trains and writes, loaded by the real peft: no key missing or unknown, the same logits. Needs .cache/upstream-venv
 -- (scripts/setup upstream), or WANE_UPSTREAM_PYTHON; skipped without.
 local cjson = require "cjson"
 local ffi = require "ffi"
@@ -65,6 +65,14 @@ describe("adapters for peft #upstream", function()
     lora.attach(model, o)
     for _, replaced in pairs(model.lora.adapters.default.replaced) do
       for _, field in ipairs { "weight", "bias" } do if replaced[field] then replaced[field]:add_(0.01) end end
+    end
+    local opt = wane.optim.AdamW(model:trainable_parameters(), { lr = 1e-2 })
+    for _ = 1, 3 do                                       -- a trained one, not only one that was made
+      wane.scope(function()
+        model:loss(case.ids, case.decoder_ids or case.ids):backward()
+        opt:step()
+        opt:zero_grad()
+      end)
     end
     case.logits, case.n = logits_of(model, case.ids, case.decoder_ids)
     assert(lora.save(model, folder))
