@@ -179,17 +179,22 @@ end
 local function assemble_quantized(job, p)
   local q = p.request.entry.quant
   local tensors, given = {}, ffi.new("const wane_handle *[?]", PARTS)
-  local function drop() for _, t in pairs(tensors) do t:close() end end
-  for number, s in pairs(p.parts) do
-    local t, message, code = resolve(job, s)
-    if not t then drop() return nil, message, code end
-    if number ~= C.WANE_PART_CODES then
-      local dtype = t:dtype()
-      if dtype ~= "u8" and (dtype ~= "f32" or #t:shape() ~= 1) then t = as_scales(t, "f32", number == C.WANE_PART_ABSMAX and q.transposed) end
+  local function drop() for number = 0, PARTS - 1 do if tensors[number] then tensors[number]:close() end end end
+  -- By number, not by pairs: the same order every time. (Once in many loads a part stood in another's place; LuaJIT of 2022 has known faults in
+  -- compiled loops over pairs.)
+  for number = 0, PARTS - 1 do
+    local s = p.parts[number]
+    if s then
+      local t, message, code = resolve(job, s)
+      if not t then drop() return nil, message, code end
+      if number ~= C.WANE_PART_CODES then
+        local dtype = t:dtype()
+        if dtype ~= "u8" and (dtype ~= "f32" or #t:shape() ~= 1) then t = as_scales(t, "f32", number == C.WANE_PART_ABSMAX and q.transposed) end
+      end
+      tensors[number] = t
     end
-    tensors[number] = t
-    given[number] = t.h
   end
+  for number = 0, PARTS - 1 do given[number] = tensors[number] and tensors[number].h or nil end
   local h = core.handle_type()
   local shape, n = core.shape(q.shape)
   local status = C.wane_quantized_new(core.stream(), h, core.dtype(q.type), n, shape, q.block_size or 0, q.offset or 0, given)
