@@ -455,7 +455,7 @@ typedef struct wane_optimizer_options {
 /* One step, in place. param: contiguous floats; grad: floats of as many values; m, v: the moments that the kind keeps (NULL otherwise), f32 without
  * scales, or u8 codes (signed dynamic map for m and for a sole v, unsigned for Adam's v) with absmax f32, one for every 256 values; all zeros at
  * first. The step is taken with the moments before they are rounded. factor f32 [1] (optional) multiplies the gradient (clipping, without a wait).
- * An element whose gradient is not finite keeps its value and moments. */
+ * An element whose gradient, or second moment, would not be finite keeps its value and moments. */
 WANE_API int wane_optimizer_step(wane_stream *s, const wane_handle *param, const wane_handle *grad, const wane_handle *m, const wane_handle *v,
                                  const wane_handle *m_absmax, const wane_handle *v_absmax, const wane_handle *factor, const wane_optimizer_options *options);
 

@@ -96,8 +96,9 @@ static void VEC_NAME(wane_nn_optimizer)(const wane_op *op, uint32_t chunk) {
     }
     for (int64_t i = 0; i < n; i += VW) {
       vf grad = vf_load(g + i), np = vf_load(p + i), nm = vf_load(m + i), nv = vf_load(v + i);
-      vm usable = vf_le(vf_abs(grad), most);          /* a gradient that is no number changes nothing */
       optim_vector(op, &k, grad, &np, &nm, &nv);
+      /* A gradient that is no number changes nothing, nor one whose square is none: it would take its 8-bit block along. */
+      vm usable = vf_le(vf_add(vf_abs(grad), vf_abs(nv)), most);
       vf_store(m + i, vf_select(usable, nm, vf_load(m + i)));
       vf_store(v + i, vf_select(usable, nv, vf_load(v + i)));
       vf_put_n(op->p[0], op->i[0], at + i, vf_select(usable, np, vf_load(p + i)), vec_left(i, n));

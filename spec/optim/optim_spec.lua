@@ -246,6 +246,32 @@ describe("an optimizer", function()
     os.remove(path)
   end)
 
+  it("keeps parameters without names apart, and a whole block from one gradient too large to square", function()
+    local a, b = parameter(8, 1), parameter(8, 2)
+    a.name, b.name = nil, nil
+    a.grad, b.grad = wane.full({ 8 }, 1), wane.full({ 8 }, 2)
+    local path = os.tmpname()
+    local function make() return wane.optim.AdamW({ { params = { a } }, { params = { b } } }, { lr = 0 }) end
+    local opt = make()
+    opt:step()
+    assert(opt:save(path))
+    local again = make()
+    assert(again:load(path))
+    os.remove(path)
+    assert.is_true(math.abs(again.states[a].m:totable()[1] - 0.1) < 1e-6 and math.abs(again.states[b].m:totable()[1] - 0.2) < 1e-6)
+    local p = parameter(4096, 3)
+    opt = wane.optim.AdamW8bit({ p }, { lr = 0.01, weight_decay = 0 })
+    for step = 1, 3 do
+      local before = p:totable()
+      p.grad = wane.ones(4096)
+      if step == 1 then p.grad[5] = 1e22 end
+      opt:step()
+      local after = p:totable()
+      assert.is_true(after[4] ~= before[4] and after[6] ~= before[6])
+      assert.equal(step == 1, after[5] == before[5])
+    end
+  end)
+
   it("tells mistakes", function()
     local p = parameter(10, 1)
     assert.error_matches(function() wane.optim.AdamW({}) end, "expected a list of parameters")

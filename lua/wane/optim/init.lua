@@ -44,7 +44,7 @@ end
 local function groups_of(kind, params, opts)
   if type(params) ~= "table" or #params == 0 then core.raise "optim: expected a list of parameters or of groups { params = … }, found none" end
   local list = Tensor.is(params[1]) and { { params = params } } or params
-  local groups, seen = {}, {}
+  local groups, seen, count = {}, {}, 0
   for i, given in ipairs(list) do
     if type(given) ~= "table" or type(given.params) ~= "table" then core.raise("optim: group %d: expected { params = a list of tensors }", i) end
     local group = { params = given.params }
@@ -61,6 +61,8 @@ local function groups_of(kind, params, opts)
       if not Tensor.is(p) or not p:is_float() then core.raise("optim: group %d: parameter %d is no float tensor", i, k) end
       if seen[p] then core.raise("optim: parameter '%s' is in two groups, or twice in one", tostring(p.name or k)) end
       seen[p] = true
+      count = count + 1
+      p.name = p.name or ("parameter." .. count)          -- what its state is kept under
     end
     groups[i] = group
   end
@@ -179,8 +181,6 @@ end
 
 -- ---------------------------------------------------------------- keeping
 
-local function name_of(p, i) return p.name or ("parameter." .. i) end
-
 --- Everything that the next step depends on but the parameters: tables of tensors and numbers.
 -- @return table { kind, bits, groups = { options }, params = { name = { step, m, v, absmax_m, absmax_v } } }
 function Optimizer:state()
@@ -189,12 +189,12 @@ function Optimizer:state()
     local options = {}
     for key, value in pairs(group) do if key ~= "params" then options[key] = value end end
     out.groups[i] = options
-    for k, p in ipairs(group.params) do
+    for _, p in ipairs(group.params) do
       local state = self.states[p]
       if state then
         local entry = { step = self.steps[p] }
         for key, tensor in pairs(state) do entry[key] = tensor end
-        out.params[name_of(p, k)] = entry
+        out.params[p.name] = entry
       end
     end
   end
@@ -208,21 +208,27 @@ function Optimizer:save(path)
   return require("wane.serialize").save(path, self:state())
 end
 
--- Copies a saved state's tensors over fresh ones; a message where they do not fit.
-local function restore(self, p, name, saved)
+local function free(state) for _, tensor in pairs(state) do tensor:close() end end
+
+-- Fresh moments with a saved state's values; nil and why where they do not fit.
+local function restored(self, p, saved)
   local state = new_state(self, p)
   for key, tensor in pairs(state) do
-    local from = saved[key]
-    if not Tensor.is(from) then return ("'%s' has no '%s' in the file"):format(name, key) end
-    if from:numel() ~= tensor:numel() or from:dtype() ~= tensor:dtype() then
-      return ("'%s': '%s' is %s in the file, expected %s"):format(name, key, from:describe(), tensor:describe())
+    local from, message = saved[key], nil
+    if not Tensor.is(from) then message = ("'%s' has no '%s' in the file"):format(p.name, key)
+    elseif from:numel() ~= tensor:numel() or from:dtype() ~= tensor:dtype() then
+      message = ("'%s': '%s' is %s in the file, expected %s"):format(p.name, key, from:describe(), tensor:describe())
+    end
+    if message then
+      free(state)
+      return nil, message
     end
     tensor:copy(from)
   end
-  self.states[p], self.steps[p] = state, saved.step
+  return state
 end
 
---- Reads a state that save wrote. Parameters are found by name.
+--- Reads a state that save wrote. Parameters are found by name. Where something does not fit, nothing is changed.
 -- @param path string
 -- @return true|nil, string|nil message
 function Optimizer:load(path)
@@ -232,27 +238,34 @@ function Optimizer:load(path)
     return nil, ("%s: holds the state of %s with %s bits in %d group(s); this is %s with %d bits in %d"):format(path, tostring(saved.kind),
       tostring(saved.bits), #(saved.groups or {}), self.kind, self.bits, #self.groups), "mismatch"
   end
-  local left = {}
+  local left, fresh = {}, {}
   for name in pairs(saved.params or {}) do left[name] = true end
-  for i, group in ipairs(self.groups) do
-    for key, value in pairs(saved.groups[i]) do group[key] = value end
-    for k, p in ipairs(group.params) do
-      local name = name_of(p, k)
-      if saved.params and saved.params[name] then
-        left[name] = nil
-        message = restore(self, p, name, saved.params[name])
-        if message then return nil, path .. ": " .. message, "mismatch" end
-      end
+  for _, group in ipairs(self.groups) do
+    for _, p in ipairs(group.params) do
+      local its = saved.params and saved.params[p.name]
+      left[p.name] = nil
+      if its and not message then fresh[p], message = restored(self, p, its) end
     end
   end
   local extra = next(left)
-  if extra then return nil, ("%s: holds a state of '%s', which is not trained here"):format(path, extra), "mismatch" end
+  if extra and not message then message = ("holds a state of '%s', which is not trained here"):format(extra) end
+  if message then
+    for _, state in pairs(fresh) do free(state) end
+    return nil, ("%s: %s"):format(path, message), "mismatch"
+  end
+  for i, group in ipairs(self.groups) do
+    for key, value in pairs(saved.groups[i]) do group[key] = value end
+  end
+  for p, state in pairs(fresh) do
+    if self.states[p] then free(self.states[p]) end
+    self.states[p], self.steps[p] = state, saved.params[p.name].step
+  end
   return true
 end
 
 --- Frees the moments.
 function Optimizer:close()
-  for _, state in pairs(self.states) do for _, tensor in pairs(state) do tensor:close() end end
+  for _, state in pairs(self.states) do free(state) end
   self.states, self.steps = {}, {}
 end
 
