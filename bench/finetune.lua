@@ -67,6 +67,7 @@ for step = 1, o.steps do
     return loss:item()
   end)
   core.check(core.wait())
+  collectgarbage("step", 200)                   -- as the trainer does
   seconds[step], rss[step] = C.wane_clock() - started, wane.memory().rss
   print(("step %2d  loss %.4f  %.3f s"):format(step, loss, seconds[step]))
 end
@@ -76,4 +77,5 @@ local step, memory = bench.median(measured), wane.memory()
 local limit = bench.compute_rate(C.WANE_PROBE_BF16) or bench.compute_rate(C.WANE_PROBE_F32)
 print(("median step %.3f s, %.0f tokens/s, %.0f GFLOP/s of products (%.0f %% of the probe's %.0f), peak RSS %.0f MB, %s trainable"):format(step,
   o.batch * o.length / step, operations(model) / step / 1e9, 100 * operations(model) / step / limit, limit / 1e9, memory.rss_peak / 1e6, tostring(trainable)))
-print(("RSS at step 3 %.1f MB, at step %d %.1f MB"):format(rss[math.min(3, #rss)] / 1e6, #rss, rss[#rss] / 1e6))
+local early = math.min(#rss, #rss > 20 and 20 or 3)
+print(("RSS at step %d %.2f MB, at step %d %.2f MB"):format(early, rss[early] / 1e6, #rss, rss[#rss] / 1e6))

@@ -396,7 +396,7 @@ WANE_API int wane_sample(wane_stream *s, wane_handle *out, const wane_handle *lo
 
 /* wane_attention with what its gradient needs: lse f32 [B, H, T], the logarithm (of base 2) of the sum of a row's weights, +inf for a row that sees
  * no key. k, v: views [B, KV, keys, D] of any strides with a dense last dimension; training passes [B, keys, KV, D] with the middle swapped.
- * first i32 [B, T] (optional): row t of b sees no key before first[b][t], which must not fall along t: several samples packed into a row. */
+ * first i32 [B, T] (optional): row t of b sees no key before first[b][t]: several samples packed into a row. */
 WANE_API int wane_attention_train(wane_stream *s, wane_handle *out, wane_handle *lse, const wane_handle *q, const wane_handle *k, const wane_handle *v,
                                   const wane_handle *key_mask, const wane_handle *bias, const wane_handle *first, const wane_attention_options *options);
 /* Its gradient, from out and lse as it gave them: dq [B, T, H, D] in q's dtype; dk, dv [B, kv_length, KV, D], contiguous, in those of k and v; dbias

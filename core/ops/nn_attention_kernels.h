@@ -9,7 +9,7 @@
  *
  * Record of WANE_OP_ATTENTION
  *   p  0 out [B, T, H, D] contiguous   1 q   2 k   3 v   4 key mask u8 or NULL   5 bias f32 or NULL   6 partial sums or NULL
- *      7 lse f32 [B, H, T] or NULL     8 first keys i32 [B, T], not falling along T, or NULL
+ *      7 lse f32 [B, H, T] or NULL     8 first keys i32 [B, T] or NULL
  *   n  0 B   1 H   2 KV   3 T   4 D   5 keys   6 time of q's first row   7 window (0: none)   8 rows a block   9 key mask's row stride
  *  10 pieces when split, else 0
  *   stride  0 q (b, t, h)   1 k (b, kv head, t)   2 v   3 bias (b, h, t, key)
@@ -269,6 +269,12 @@ static int sees(const attention_block *a, int64_t r, int64_t rows, int64_t j0, i
   int64_t lo0, hi0, lo1, hi1;
   visible_keys(a, r, &lo0, &hi0);
   visible_keys(a, r + rows - 1, &lo1, &hi1);
+  for (int64_t i = 0; a->op->p[8] && i < rows; i++) {     /* first keys may go up and down; all else rises along the rows */
+    int64_t lo, hi;
+    visible_keys(a, r + i, &lo, &hi);
+    if (lo < lo0) lo0 = lo;
+    if (lo > lo1) lo1 = lo;
+  }
   *all = j0 >= lo1 && j1 <= hi0;
   return lo0 < j1 && hi1 > j0;
 }

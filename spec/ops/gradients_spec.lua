@@ -173,6 +173,22 @@ describe("gradients of attention:", function()
     end
   end)
 
+  it("first keys that rise and fall equal a bias that hides as much", function()
+    local T = 150
+    local function begin(t) return t == 0 and 0 or math.min(t, (t * 37) % 97) end
+    local hide = {}
+    for t = 0, T - 1 do
+      hide[t + 1] = {}
+      for j = 1, T do hide[t + 1][j] = j - 1 < begin(t) and -1e30 or 0 end
+    end
+    local values = { random(41, 1, T, 2, 16), random(42, 1, T, 1, 16), random(43, 1, T, 1, 16) }
+    local want = at_level(0, gradients, attend { bias = wane.tensor { { unpack(hide) } } }, values)
+    local first = { first = firsts(1, T, function(_, t) return begin(t) end) }
+    for _, level in ipairs { 0, unpack(levels) } do
+      assert.is_true(largest_difference(at_level(level, gradients, attend(first), values), want) < 1e-5)
+    end
+  end)
+
   it("a packed row equals its samples alone", function()
     local q, k, v = random(31, 1, 40, 2, 8), random(32, 1, 40, 2, 8), random(33, 1, 40, 2, 8)
     local whole = F.attend(q, k, v, { q_start = 0, kv_length = 40, first = firsts(1, 40, function(_, t) return t < 15 and 0 or 15 end) })
