@@ -53,6 +53,8 @@ local function check(args)
   for _, option in ipairs { "lora_r", "batch_size", "accumulate", "max_steps", "max_length", "save_every", "eval_every", "patience" } do
     if args[option] == 0 then cli.usage("--%s: a number above 0 was expected", (option:gsub("_", "-"))) end
   end
+  local earlier = not args.resume and require("wane.train").saves.latest(args.out)
+  if earlier then cli.usage("--out: %s is of an earlier run; --resume goes on from it", earlier) end
   if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
   if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
@@ -92,6 +94,16 @@ local function live(args)
   end, function() io.stderr:write("\r", (" "):rep(width), "\r") end
 end
 
+-- What a resumed run must have been started with, beside what the trainer compares.
+local function fingerprint(args)
+  local parts = {}
+  for _, name in ipairs { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "compute", "lora_r", "lora_alpha",
+    "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable" } do
+    if args[name] ~= nil then parts[#parts + 1] = ("%s %s"):format(name, tostring(args[name])) end
+  end
+  return table.concat(parts, ", ")
+end
+
 local function open_rows(path, tok, model, args)
   return cli.check(require("wane.train").data.open(path, tok, { text_field = args.text_field, max_length = args.max_length or 512,
     bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil }))
@@ -112,7 +124,7 @@ local function train(model, tok, args)
     clip = args.clip, optim = args.optim, seed = args.seed, checkpointing = args.checkpointing or false, out = args.out, save_every = args.save_every,
     save_total_limit = args.save_total_limit, resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_rows = args.eval_every and held_out,
     eval_every = args.eval_every, patience = args.patience, pad = pad, cancelled = cli.interrupted, on_update = draw,
-    fingerprint = table.concat({ args.model, args.data, args.quant or "none", tostring(args.lora_r), tostring(args.target_modules) }, "|"),
+    fingerprint = fingerprint(args),
   }))
   clear()
   result.before, result.after, result.rows = before, evaluate(), rows

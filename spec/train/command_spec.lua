@@ -114,6 +114,18 @@ describe("wane finetune", function()
     assert.matches("/nowhere.jsonl", err)
   end)
 
+  it("leaves memory where it was", function()
+    if os.getenv "WANE_SANITIZER" then return pending "counts memory" end
+    local dir, rss = folder(), {}
+    local _, err, status = run(base .. " --max-steps 200 --out " .. dir)
+    assert.equal(0, status, err)
+    for line in io.lines(dir .. "/log.jsonl") do
+      local record = require("cjson").decode(line)
+      rss[record.step] = record.rss_bytes
+    end
+    assert.is_true(rss[200] - rss[20] < 2 ^ 20, ("%d bytes more"):format(rss[200] - rss[20]))
+  end)
+
   it("killed at random moments and resumed ends with the same bits", function()
     if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
     local whole = folder()
@@ -146,11 +158,10 @@ describe("wane finetune", function()
   it("saves and leaves on ctrl-C", function()
     if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
     local dir = folder()
-    local _, err, status = run(("timeout --foreground -s INT 1.5 %s --max-steps 100000 --save-every 50000 --out %s"):format(base, dir))
+    local _, err, status = run(("timeout --foreground -s INT 1.5 %s --max-steps 100000 --out %s"):format(base, dir))
     assert.is_true(status == 124 or status == 0, err)     -- timeout's own status, where the signal was its
     local _, step = require("wane.train.saves").latest(dir)
     assert.is_truthy(step)
-    assert.is_true(step < 50000)
     assert.is_true(require("wane.lora").is_adapter(dir))
   end)
 end)

@@ -162,7 +162,7 @@ function Run:update()
     local total = losses[1]
     for i = 2, #losses do total = total + losses[i] end
     record.loss = F.outside_scopes(function() return total:clone() end)
-    record.grad_norm = F.outside_scopes(function() return self.opt:clip(o.clip):clone() end)
+    record.grad_norm = F.outside_scopes(function() return self.opt:clip(o.clip) end)
     for _, group in ipairs(self.opt.groups) do group.lr = lr end
     self.opt:step()
     self.opt:zero_grad()
@@ -182,6 +182,7 @@ function Run:finish(record)
   local now = core.C.wane_clock()
   record.seconds = now - math.max(record.started, self.finished or 0)
   self.finished = now
+  collectgarbage("step", 200)          -- an update leaves 0.1 MB of Lua's own, and loading a model has set the collector's next round far off
   record.tokens_per_s, record.started = record.tokens / record.seconds, nil
   local memory = require("ffi").new "wane_memory"
   core.C.wane_memory_read(memory)
@@ -209,9 +210,9 @@ function Run:look()
   if o.on_event then o.on_event("evaluated", found) end
   if not self.best or found.loss < self.best.eval_loss then
     self.best, self.stale = { eval_loss = found.loss, step = self.step }, 0
-    if o.out and rawget(self.model, "lora") and #self.model.lora.active > 0 then
-      local ok, message = require("wane.lora").save(self.model, o.out .. "/best")
-      if not ok then core.raise("train.run: the best adapter was not written: %s", message) end
+    if o.out then
+      local ok, message = saves.write_best(o.out, self)
+      if not ok then core.raise("train.run: the best result was not written: %s", message) end
     end
     return false
   end
@@ -239,6 +240,8 @@ function M.run(model, rows, given)
   if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
   local self = set_up(model, rows, o)
   if o.out then saves.sweep(o.out) end
+  local earlier = o.out and not o.resume and saves.latest(o.out)
+  if earlier then return nil, ("'%s' is of an earlier run: go on from it (resume), remove it, or choose another folder"):format(earlier), "mismatch" end
   if o.resume then
     local ok, message = self:resume()
     if not ok then return nil, message, "mismatch" end
@@ -246,7 +249,7 @@ function M.run(model, rows, given)
   local log, message = logs.open(o.log, o.resume and self.step or nil)
   if not log then return nil, message, "io" end
   self.log = log
-  local stopped, pending = nil, nil
+  local stopped, pending = o.patience and self.stale >= o.patience and "early" or nil, nil
   while self.step < o.total_steps and not stopped do
     local record = self:update()
     self:finish(pending)
@@ -261,7 +264,7 @@ function M.run(model, rows, given)
     if save then self:save() end
   end
   self:finish(pending)
-  if o.save_every and self.saved ~= self.step then self:save() end
+  if o.out and (o.save_every or stopped == "cancelled") and self.saved ~= self.step then self:save() end
   self.log:close()
   local records = self.log.records
   self.opt:close()

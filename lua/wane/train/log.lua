@@ -2,6 +2,7 @@
 -- @module wane.train.log
 local cjson = require "cjson"
 local json = require "wane.checkpoint.json"
+local writer = require "wane.checkpoint.writer"
 
 local M = {}
 
@@ -20,7 +21,15 @@ local function read(path, step)
   return records
 end
 
-local function text_of(record) return (json.encode(record):gsub("\n%s*", " ")) .. "\n" end
+-- A line of a record. JSON knows no NaN: a loss that is not finite is null there.
+local function text_of(record)
+  local line = {}
+  for key, value in pairs(record) do
+    local finite = type(value) ~= "number" or value - value == 0
+    line[key] = finite and value or cjson.null
+  end
+  return (json.encode(line):gsub("\n%s*", " ")) .. "\n"
+end
 
 --- Opens a log.
 -- @param path string|nil nil: records are kept in memory alone
@@ -34,10 +43,12 @@ function M.open(path, resume)
     old:close()
     self.records = read(path, resume)
   end
-  local f, message = io.open(path, "w")
+  local lines = {}
+  for i, record in ipairs(self.records) do lines[i] = text_of(record) end
+  local ok, why = writer.write_text(path, table.concat(lines))       -- renamed into place: a kill leaves the old log
+  if not ok then return nil, "cannot write the log: " .. why end
+  local f, message = io.open(path, "a")
   if not f then return nil, "cannot write the log: " .. message end
-  for _, record in ipairs(self.records) do f:write(text_of(record)) end
-  f:flush()
   self.file = f
   return self
 end

@@ -5,7 +5,8 @@
 --     checkpoint-N/optimizer.safetensors                              moments and step counts
 --     checkpoint-N/trainer_state.json                                 step, data position, best result, the run's options
 --
--- A checkpoint is written as .checkpoint-N.part and renamed when it is whole; what a kill leaves behind is swept by the next run.
+-- and best/, the same without the optimizer's and the trainer's. A folder is written as .NAME.part and renamed when it is whole, and renamed to .NAME.old
+-- before its files go; what a kill leaves behind is swept by the next run.
 -- @module wane.train.saves
 local cjson = require "cjson"
 local json = require "wane.checkpoint.json"
@@ -27,7 +28,7 @@ local function steps_in(dir)
   if not paths.is_folder(dir) then return steps end
   for _, name in ipairs(paths.list(dir)) do
     local step = tonumber(name:match "^checkpoint%-(%d+)$")
-    if step then steps[#steps + 1] = step end
+    if step and paths.is_file(("%s/%s/trainer_state.json"):format(dir, name)) then steps[#steps + 1] = step end
   end
   table.sort(steps, function(a, b) return a > b end)
   return steps
@@ -41,10 +42,20 @@ function M.latest(dir)
   if step then return ("%s/checkpoint-%d"):format(dir, step), step end
 end
 
+-- Removes dir/name without a moment in which it is there in part.
+local function discard(dir, name)
+  if not paths.is_folder(dir .. "/" .. name) then return end
+  local old = ("%s/.%s.old"):format(dir, name)
+  if os.rename(dir .. "/" .. name, old) then remove_folder(old) end
+end
+
 --- Sweeps what killed runs left in a folder.
 function M.sweep(dir)
   if not paths.is_folder(dir) then return end
-  for _, name in ipairs(paths.list(dir)) do if name:find "^%.checkpoint%-%d+%.part$" then remove_folder(dir .. "/" .. name) end end
+  if not paths.is_folder(dir .. "/best") then os.rename(dir .. "/.best.old", dir .. "/best") end    -- killed between the two renames
+  for _, name in ipairs(paths.list(dir)) do
+    if name:find "^%.checkpoint%-%d+%.%a+$" or name:find "^%.best%.%a+$" then remove_folder(dir .. "/" .. name) end
+  end
 end
 
 local function by_name(params)
@@ -53,20 +64,33 @@ local function by_name(params)
   return tensors
 end
 
--- The files of a checkpoint, one after the other; nil and why where one fails.
-local function write_files(dir, run)
+-- What a run trains: the adapter as PEFT reads it, and every trained tensor by its name.
+local function trained(run)
   local model, lora = run.model, require "wane.lora"
-  local steps = {
-    function() return not rawget(model, "lora") or #model.lora.active == 0 or lora.save(model, dir) end,
-    function() return serialize.save(dir .. "/parameters.safetensors", by_name(run.params)) end,
-    function() return run.opt:save(dir .. "/optimizer.safetensors") end,
-    function() return writer.write_text(dir .. "/trainer_state.json", json.encode(run.state)) end,
+  return {
+    function(dir) return not rawget(model, "lora") or #model.lora.active == 0 or lora.save(model, dir) end,
+    function(dir) return serialize.save(dir .. "/parameters.safetensors", by_name(run.params)) end,
   }
+end
+
+-- dir/name with the files that `steps` write, in place of what stood there: its path, or nil and why.
+local function write_folder(dir, name, steps)
+  local part, whole = ("%s/.%s.part"):format(dir, name), dir .. "/" .. name
+  if paths.is_folder(part) then remove_folder(part) end
+  if C.wane_path_make(part) < 0 then return nil, ("cannot make the folder '%s'"):format(part) end
   for _, step in ipairs(steps) do
-    local ok, message, code = step()
-    if not ok then return nil, message, code end
+    local ok, message, code = step(part)
+    if not ok then
+      remove_folder(part)
+      return nil, message, code
+    end
   end
-  return true
+  local old = ("%s/.%s.old"):format(dir, name)
+  local replaced = paths.is_folder(whole) and os.rename(whole, old)
+  local ok, message = os.rename(part, whole)
+  if not ok then return nil, message end
+  if replaced then remove_folder(old) end
+  return whole
 end
 
 --- Writes checkpoint-STEP, then removes the oldest beyond `limit`.
@@ -76,21 +100,21 @@ end
 -- @param limit integer|nil whole checkpoints to keep
 -- @return string|nil its path, string|nil message
 function M.write(dir, step, run, limit)
-  local part, whole = ("%s/.checkpoint-%d.part"):format(dir, step), ("%s/checkpoint-%d"):format(dir, step)
-  if paths.is_folder(part) then remove_folder(part) end
-  if C.wane_path_make(part) < 0 then return nil, ("cannot make the folder '%s'"):format(part) end
-  local ok, message, code = write_files(part, run)
-  if not ok then
-    remove_folder(part)
-    return nil, message, code
-  end
-  if paths.is_folder(whole) then remove_folder(whole) end
-  ok, message = os.rename(part, whole)
-  if not ok then return nil, message end
+  local files = trained(run)
+  files[#files + 1] = function(part) return run.opt:save(part .. "/optimizer.safetensors") end
+  files[#files + 1] = function(part) return writer.write_text(part .. "/trainer_state.json", json.encode(run.state)) end
+  local whole, message, code = write_folder(dir, "checkpoint-" .. step, files)
+  if not whole then return nil, message, code end
   local steps = steps_in(dir)
-  for i = (limit or math.huge) + 1, #steps do remove_folder(("%s/checkpoint-%d"):format(dir, steps[i])) end
+  for i = (limit or math.huge) + 1, #steps do discard(dir, "checkpoint-" .. steps[i]) end
   return whole
 end
+
+--- Writes best/: what is trained, as it is now.
+-- @param dir string the run's folder
+-- @param run table { model, params }
+-- @return string|nil its path, string|nil message
+function M.write_best(dir, run) return write_folder(dir, "best", trained(run)) end
 
 --- Reads a checkpoint into a run that was set up as the one that wrote it.
 -- @param path string of a checkpoint-N
