@@ -4,7 +4,8 @@
 
 Rows are {"input_ids": [...], "labels": [...]} in the order of training. --adapter holds the adapter to start from (PEFT's files), so that
 both sides start from the same numbers. A plain loop, as Trainer's arithmetic is: loss normalised by the labels of the update, clipping,
-linear schedule; dropout 0. Prints and writes losses, tokens a second, peak memory, perplexity of the held-out rows before and after.
+linear schedule; dropout 0. Prints and writes losses, tokens a second, peak memory, perplexity of the held-out rows after training. With --steps 0 it
+prints the perplexity before, in a process of its own: training after an evaluation learned next to nothing with bitsandbytes on the CPU.
 """
 
 import argparse
@@ -132,8 +133,8 @@ def main():
     rows = read_rows(o.rows)
     held_out = read_rows(o.eval) if o.eval else None
     result = {"quant": o.quant, "compute": o.compute}
-    if held_out:
-        result["perplexity_before"] = perplexity(model, held_out, o.compute)
+    if o.steps == 0:
+        return print(json.dumps(dict(result, perplexity_before=perplexity(model, held_out, o.compute))))
     losses, seconds, tokens = train(o, model, rows)
     result["losses"] = losses
     middle = sorted(range(len(seconds)), key=lambda i: seconds[i] / tokens[i])[len(seconds) // 2]
