@@ -6,13 +6,13 @@
  * The order of k inside a step of 128 (64 at the end of a row) is free as long as both sides agree: 4-bit weights use the order in which vpermw
  * delivers them. Their levels times their scale are one 32-entry table of bf16 a step, so a weight is bf16(level * absmax), as bitsandbytes has
  * it. bf16 weights are copied; other kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
- * The contraction is cut in equal runs of at most RUN tiles (x's share and W's stay in the first-level cache) and, beyond the scratch, in phases, by
- * the shapes alone. */
+ * The contraction is cut in equal runs of at most RUN tiles (a panel of x, 2 KiB a tile, stays in the first-level cache, past which W is streamed)
+ * and, beyond the scratch, in phases, by the shapes alone. */
 #include "avx512_linear.h"
 #include "../x86/amx.h"
 #include "../x86/transpose16.h"
 
-enum { TILE_BYTES = 1024, STEP = 128, RUN = 10, LIMIT = 1088 << 10, BACK_LIMIT = 1000 << 10, BLOCK = 64, BLOCKS_WANTED = 6 };
+enum { TILE_BYTES = 1024, STEP = 128, RUN = 18, LIMIT = 1088 << 10, BACK_LIMIT = 1000 << 10, BLOCK = 64, BLOCKS_WANTED = 6 };
 
 /* 32 floats as bf16, rounded to nearest even. */
 WANE_INLINE __m512i to_bf16(__m512 lo, __m512 hi) {
@@ -126,27 +126,31 @@ static void back_pack(const wane_op *op, uint32_t chunk) {
 
 /* ================================================================ products of tiles */
 
-/* c (four tiles: a0 b0, a0 b1, a1 b0, a1 b1) += runs of `tiles` tiles; without b1 when !two. */
-static void multiply(const char *a0, const char *a1, const char *b0, const char *b1, int64_t tiles, float *c, int first, int two) {
+/* A tile to registers; a streamed one passes by the first-level cache. */
+#define TILE(t, at, streamed) do { if (streamed) _tile_stream_loadd(t, at, 64); else _tile_loadd(t, at, 64); } while (0)
+
+/* c (four tiles: a0 b0, a0 b1, a1 b0, a1 b1) += runs of `tiles` tiles; without b1 when !two. W, which is a or b, is read once for each panel of
+ * x: it is streamed, so that the panel, read once for each pair of W's tiles, stays in the first-level cache. */
+WANE_INLINE void multiply(const char *a0, const char *a1, const char *b0, const char *b1, int64_t tiles, float *c, int first, int two, int w_is_a) {
   if (first) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
   else { _tile_loadd(0, c, 64); _tile_loadd(1, c + 256, 64); _tile_loadd(2, c + 512, 64); _tile_loadd(3, c + 768, 64); }
   if (two)
     for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
-      _tile_loadd(6, b0 + t, 64);
-      _tile_loadd(4, a0 + t, 64);
-      _tile_loadd(7, b1 + t, 64);
+      TILE(6, b0 + t, !w_is_a);
+      TILE(4, a0 + t, w_is_a);
+      TILE(7, b1 + t, !w_is_a);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a1 + t, 64);
+      TILE(5, a1 + t, w_is_a);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   else
     for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
-      _tile_loadd(6, b0 + t, 64);
-      _tile_loadd(4, a0 + t, 64);
+      TILE(6, b0 + t, !w_is_a);
+      TILE(4, a0 + t, w_is_a);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a1 + t, 64);
+      TILE(5, a1 + t, w_is_a);
       _tile_dpbf16ps(2, 5, 6);
     }
   _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64); _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
@@ -267,7 +271,7 @@ static void many_block(const wane_linear_args *a, const wane_qview *w, const cut
   float *c = (float *)(void *)(rows + LIMIT);                              // [m / 32 if phased][pairs][4][16][16]
   float *scales = c + 1024 * (phased ? WANE_LINEAR_SLICE / 32 : 256 / 32);
   for (int64_t p = 0; p < tiles; p += phase) {
-    int64_t part = least(phase, tiles - p), run = run_of(part);
+    int64_t part = least(phase, tiles - p), run = run_of(part), kept = phased || run < part;
     decode_rows(w, n, count, p * 32, part * 32, rows, scales);
     for (int64_t m = 0; m < a->M; m += 32)
       for (int64_t k = 0; k < part; k += run) {
@@ -275,9 +279,9 @@ static void many_block(const wane_linear_args *a, const wane_qview *w, const cut
         int last = p + part == tiles && k + run >= part;
         for (int64_t i = 0; i < pairs; i++) {
           const char *w0 = rows + (2 * i * part + k) * TILE_BYTES, *w1 = w0 + part * TILE_BYTES;
-          float *out = c + ((phased ? m / 32 * pairs : 0) + i) * 1024;
+          float *out = c + ((phased ? m / 32 * pairs : 0) + (kept ? i : 0)) * 1024;
           if (last) own_rows(a->y, bytes, m * a->N + n + 32 * i, a->N, least(32, a->M - m));
-          multiply(w0, w1, x0, x1, least(run, part - k), out, p + k == 0, a->M - m > 16);
+          multiply(w0, w1, x0, x1, least(run, part - k), out, p + k == 0, a->M - m > 16, 1);
           if (last) put_tiles(a, out, m, n + 32 * i);
         }
       }
@@ -377,7 +381,7 @@ static void back_block(const wane_linear_args *a, const wane_qview *w, const pai
   char *b = wane_scratch();
   float *c = (float *)(void *)(b + BACK_LIMIT);                              // [m / 32 if phased][pairs of k][4][16][16]
   for (int64_t p = 0; p < tiles; p += phase) {
-    int64_t part = least(phase, tiles - p), run = run_of(part);
+    int64_t part = least(phase, tiles - p), run = run_of(part), kept = phased || run < part;
     for (int64_t n = p * 32; n < (p + part) * 32; n += 2)
       for (int64_t j = 0; j < columns; j += BLOCK) {
         char *out = b + j / 16 * stride + (n / 32 - p) * TILE_BYTES + n % 32 / 2 * 64;
@@ -390,11 +394,11 @@ static void back_block(const wane_linear_args *a, const wane_qview *w, const pai
         const char *d0 = (const char *)a->work + (m / 16 * tiles + p + t) * TILE_BYTES;
         int last = p + part == tiles && t + run >= part;
         for (int64_t j = 0; j < columns / 32 && k + 32 * j < a->K; j++) {
-          float *out = c + ((phased ? m / 32 * (columns / 32) : 0) + j) * 1024;
+          float *out = c + ((phased ? m / 32 * (columns / 32) : 0) + (kept ? j : 0)) * 1024;
           const char *b0 = b + 2 * j * stride + t * TILE_BYTES;
           int64_t column = k + 32 * j, count = least(32, a->K - column);
           if (last) own_rows(a->y, bytes, m * a->K + column, a->K, least(32, a->M - m));
-          multiply(d0, d0 + tiles * TILE_BYTES, b0, b0 + stride, least(run, part - t), out, p + t == 0, 1);
+          multiply(d0, d0 + tiles * TILE_BYTES, b0, b0 + stride, least(run, part - t), out, p + t == 0, 1, 0);
           for (int64_t i = 0; last && i < least(32, a->M - m); i++) {        /* tiles: rows 0-15, columns 0-15 and 16-31; rows 16-31 */
             const float *row = out + i / 16 * 512 + i % 16 * 16;
             put_row(a->y, a->dtype, (m + i) * a->K + column, _mm512_loadu_ps(row), _mm512_loadu_ps(row + 256), count);
