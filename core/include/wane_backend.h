@@ -70,6 +70,6 @@ static inline void wane_op_range(const wane_op *op, uint32_t chunk, int64_t unit
 /* From inside a kernel: the op could not be done (an id out of range). Stops the stream; the message is copied. */
 void wane_op_fail(const wane_op *op, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* From inside a kernel: this worker's scratch memory, 64-byte aligned, WANE_SCRATCH bytes. Contents do not survive the chunk. */
-enum { WANE_SCRATCH = 1280 << 10 };
+enum { WANE_SCRATCH = 1600 << 10 };
 void *wane_scratch(void);
 #endif

@@ -8,25 +8,12 @@
  * it. bf16 weights are copied; other kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
  * The contraction is cut in equal runs of at most RUN tiles (a panel of x, 2 KiB a tile, stays in the first-level cache, past which W is streamed)
  * and, beyond the scratch, in phases, by the shapes alone. */
-#include "avx512_linear.h"
-#include "../x86/amx.h"
-#include "../x86/transpose16.h"
+#include "amx_tiles.h"
 
-enum { TILE_BYTES = 1024, STEP = 128, RUN = 18, LIMIT = 1088 << 10, BACK_LIMIT = 1000 << 10, BLOCK = 64, BLOCKS_WANTED = 6 };
-
-/* 32 floats as bf16, rounded to nearest even. */
-WANE_INLINE __m512i to_bf16(__m512 lo, __m512 hi) {
-#ifdef WANE_EMULATE
-  float f[32];
-  uint16_t h[32];
-  _mm512_storeu_ps(f, lo);
-  _mm512_storeu_ps(f + 16, hi);
-  for (int i = 0; i < 32; i++) h[i] = wane_f32_to_bf16(f[i]);
-  return _mm512_loadu_si512(h);
-#else
-  return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
-#endif
-}
+enum { STEP = 128, BLOCK = 64, RUN = 18, PHASE = 96, PHASE_GRAIN = 8, UNITS_WANTED = 8, UNIT_ROWS = 128 };
+/* The scratch: W's tiles, results kept between runs and phases, a row's scales, and which tiles they are. */
+enum { W_ROOM = 1088 << 10, KEPT_ROOM = 432 << 10, SCALES_ROOM = 64 << 10, NAME_AT = W_ROOM + KEPT_ROOM + SCALES_ROOM };
+_Static_assert(NAME_AT + 64 <= WANE_SCRATCH, "tiles, results and scales fit into the scratch memory");
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -42,7 +29,8 @@ static int64_t run_of(int64_t tiles) {
 
 /* 4-bit rows made of whole blocks of 64 with one scale each have decoders of their own. */
 static int is_fast(const wane_qview *w) {
-  return (w->dtype == WANE_NF4 || w->dtype == WANE_FP4) && w->cols % BLOCK == 0 && w->cols > 0 && w->block_size % BLOCK == 0;
+  return (w->dtype == WANE_NF4 || w->dtype == WANE_FP4) && w->cols % BLOCK == 0 && w->cols > 0 && w->block_size % BLOCK == 0 &&
+         w->cols / BLOCK * 4 <= SCALES_ROOM;
 }
 
 static __m512 levels_of(const wane_qview *w) { return _mm512_loadu_ps(w->dtype == WANE_FP4 ? wane_fp4_levels : wane_nf4_levels); }
@@ -56,19 +44,6 @@ static void word_order(__m512i *order) {
   for (int i = 0; i < 64; i++) index[i] = (int16_t)(i % 16 * 4 + nibble[i / 16]);
   order[0] = _mm512_loadu_si512(index);
   order[1] = _mm512_loadu_si512(index + 32);
-}
-
-/* 32 values from element `at` on as bf16; zeros beyond the first `left`. */
-WANE_INLINE __m512i load_bf16(const void *x, int dtype, int64_t at, int64_t left) {
-  if (left < 32) {
-    uint16_t h[32] = { 0 };
-    for (int64_t i = 0; i < left; i++) h[i] = dtype == WANE_BF16 ? ((const uint16_t *)x)[at + i] : wane_f32_to_bf16(wane_float_at(x, dtype, at + i));
-    return _mm512_loadu_si512(h);
-  }
-  if (dtype == WANE_BF16) return _mm512_loadu_si512((const uint16_t *)x + at);
-  if (dtype == WANE_F32) return to_bf16(_mm512_loadu_ps((const float *)x + at), _mm512_loadu_ps((const float *)x + at + 16));
-  const __m256i *h = (const __m256i *)(const void *)((const uint16_t *)x + at);
-  return to_bf16(_mm512_cvtph_ps(_mm256_loadu_si256(h)), _mm512_cvtph_ps(_mm256_loadu_si256(h + 1)));
 }
 
 /* A step of a row of x: `count` values (128 or 64, zeros past `left`) in vpermw's order where `order`. */
@@ -124,59 +99,6 @@ static void back_pack(const wane_op *op, uint32_t chunk) {
   pack_tiles(&a, op, chunk, a.N, NULL, 0);
 }
 
-/* ================================================================ products of tiles */
-
-/* A tile to registers; a streamed one passes by the first-level cache. */
-#define TILE(t, at, streamed) do { if (streamed) _tile_stream_loadd(t, at, 64); else _tile_loadd(t, at, 64); } while (0)
-
-/* c (four tiles: a0 b0, a0 b1, a1 b0, a1 b1) += runs of `tiles` tiles; without b1 when !two. W, which is a or b, is read once for each panel of
- * x: it is streamed, so that the panel, read once for each pair of W's tiles, stays in the first-level cache. */
-WANE_INLINE void multiply(const char *a0, const char *a1, const char *b0, const char *b1, int64_t tiles, float *c, int first, int two, int w_is_a) {
-  if (first) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
-  else { _tile_loadd(0, c, 64); _tile_loadd(1, c + 256, 64); _tile_loadd(2, c + 512, 64); _tile_loadd(3, c + 768, 64); }
-  if (two)
-    for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
-      TILE(6, b0 + t, !w_is_a);
-      TILE(4, a0 + t, w_is_a);
-      TILE(7, b1 + t, !w_is_a);
-      _tile_dpbf16ps(0, 4, 6);
-      TILE(5, a1 + t, w_is_a);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  else
-    for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
-      TILE(6, b0 + t, !w_is_a);
-      TILE(4, a0 + t, w_is_a);
-      _tile_dpbf16ps(0, 4, 6);
-      TILE(5, a1 + t, w_is_a);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-  _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64); _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
-}
-
-/* Stores `count` <= 32 values of a row. */
-WANE_INLINE void put_row(void *y, int dtype, int64_t at, __m512 lo, __m512 hi, int64_t count) {
-  if (count == 32 && dtype == WANE_BF16) { _mm512_storeu_si512((uint16_t *)y + at, to_bf16(lo, hi)); return; }
-  if (count == 32 && dtype == WANE_F32) {
-    _mm512_storeu_ps((float *)y + at, lo);
-    _mm512_storeu_ps((float *)y + at + 16, hi);
-    return;
-  }
-  float v[32];
-  _mm512_storeu_ps(v, lo);
-  _mm512_storeu_ps(v + 16, hi);
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) avx2_store(y, dtype, at + i, _mm256_loadu_ps(v + i));
-  for (; i < count; i++) wane_float_put(y, dtype, at + i, v[i]);
-}
-
-/* Asks for the lines of a result before they are written: 32 rows of 32 values. */
-WANE_INLINE void own_rows(const void *y, int64_t bytes, int64_t at, int64_t stride, int64_t rows) {
-  for (int64_t i = 0; i < rows; i++) _mm_prefetch((const char *)y + (at + i * stride) * bytes, _MM_HINT_ET0);
-}
-
 /* ================================================================ forward */
 
 /* Row n, values [k, k + width) (a multiple of 64, inside the row), as row r of tiles `out`, a KiB apart. */
@@ -223,29 +145,16 @@ static void decode_any(const wane_qview *w, int64_t n, int64_t k, int64_t width,
   }
 }
 
-/* Rows [n, n + count) of W (zeros up to a multiple of 32), values [k, k + width), as tiles [rows / 16][width / 32]. */
-static void decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, float *scales) {
+/* Rows [n, n + count) of W (zeros up to a multiple of 32), values [k, k + width), as rows of 16 of tiles, `stride` bytes apart. */
+static void decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales) {
   __m512 levels = levels_of(w);
   int fast = is_fast(w);
   for (int64_t i = 0; i < round_up(count, 32); i++) {
-    char *row = out + i / 16 * (width / 32) * TILE_BYTES + i % 16 * 64;
+    char *row = out + i / 16 * stride + i % 16 * 64;
     if (i >= count) for (int64_t t = 0; t < width / 32; t++) memset(row + t * TILE_BYTES, 0, 64);
     else if (fast) decode_fast(w, levels, avx512_row_scales(w, n + i, 0, scales), n + i, k, width, row);
     else decode_any(w, n + i, k, width, row);
   }
-}
-
-/* How W's rows and the contraction are cut: blocks of rows that leave something to do for several workers, all of the contraction in the scratch
- * if 32 rows fit, else in phases with the results kept between. */
-typedef struct cut { int64_t rows, phase; } cut;
-static cut forward_cut(const wane_linear_args *a) {
-  int64_t width = round_up(a->K, BLOCK), most = a->M >= 256 ? 256 : 128, share = round_up((a->N + BLOCKS_WANTED - 1) / BLOCKS_WANTED, 32);
-  cut c = { 32, 16384 };
-  if (width <= 16384) {
-    c.phase = width;
-    c.rows = least(least(most, share), LIMIT / (width * 2) / 32 * 32);
-  }
-  return c;
 }
 
 /* Two panels of 16 tokens of rows [n, n + 32) to y. c: four tiles. */
@@ -262,43 +171,6 @@ static void put_tiles(const wane_linear_args *a, const float *c, int64_t m, int6
     for (int64_t t = 0; t < rows; t++)
       put_row(a->y, a->dtype, (m + 16 * x + t) * a->N + n, _mm512_add_ps(_mm512_loadu_ps(turned[0][t]), lo), _mm512_add_ps(_mm512_loadu_ps(turned[1][t]), hi), count);
   }
-}
-
-/* Rows [n, n + count) of W against all tokens. Scratch: decoded rows, result tiles, scales. */
-static void many_block(const wane_linear_args *a, const wane_qview *w, const cut *cut, int64_t n, int64_t count) {
-  int64_t tiles = tiles_of(a->K), pairs = round_up(count, 32) / 32, phase = cut->phase / 32, phased = tiles > phase, bytes = a->dtype == WANE_F32 ? 4 : 2;
-  char *rows = wane_scratch();
-  float *c = (float *)(void *)(rows + LIMIT);                              // [m / 32 if phased][pairs][4][16][16]
-  float *scales = c + 1024 * (phased ? WANE_LINEAR_SLICE / 32 : 256 / 32);
-  for (int64_t p = 0; p < tiles; p += phase) {
-    int64_t part = least(phase, tiles - p), run = run_of(part), kept = phased || run < part;
-    decode_rows(w, n, count, p * 32, part * 32, rows, scales);
-    for (int64_t m = 0; m < a->M; m += 32)
-      for (int64_t k = 0; k < part; k += run) {
-        const char *x0 = (const char *)a->work + (m / 16 * tiles + p + k) * TILE_BYTES, *x1 = x0 + tiles * TILE_BYTES;
-        int last = p + part == tiles && k + run >= part;
-        for (int64_t i = 0; i < pairs; i++) {
-          const char *w0 = rows + (2 * i * part + k) * TILE_BYTES, *w1 = w0 + part * TILE_BYTES;
-          float *out = c + ((phased ? m / 32 * pairs : 0) + (kept ? i : 0)) * 1024;
-          if (last) own_rows(a->y, bytes, m * a->N + n + 32 * i, a->N, least(32, a->M - m));
-          multiply(w0, w1, x0, x1, least(run, part - k), out, p + k == 0, a->M - m > 16, 1);
-          if (last) put_tiles(a, out, m, n + 32 * i);
-        }
-      }
-  }
-}
-
-static void many(const wane_op *op, uint32_t chunk) {
-  wane_linear_args a = wane_linear_load(op);
-  wane_qview w = wane_qview_load(op);
-  int64_t lo, hi;
-  if (a.compute == WANE_COMPUTE_F32 || a.K == 0) { avx512_many(op, chunk); return; }
-  cut cut = forward_cut(&a);
-  wane_op_range(op, chunk, a.N, cut.rows, &lo, &hi);
-  if (lo == hi) return;
-  wane_tiles_on();
-  for (int64_t n = lo; n < hi; n += cut.rows) many_block(&a, &w, &cut, n, least(cut.rows, hi - n));
-  wane_tiles_off();
 }
 
 /* ================================================================ backward */
@@ -368,58 +240,122 @@ static void pair_any(const wane_qview *w, const pairing *z, int64_t n, int64_t k
   for (int t = 0; t < 4; t++) _mm512_storeu_si512(out + t * stride, _mm512_permutex2var_epi16(row[0][t / 2], z->words[t % 2], row[1][t / 2]));
 }
 
-/* Columns of dx that are made at once: 128 where W's share of them fits the scratch and enough blocks are left, else 64. */
-static int64_t back_columns(const wane_linear_args *a) {
-  return a->K >= BLOCKS_WANTED * STEP && 8 * (tiles_of(a->N) + 1) * TILE_BYTES <= BACK_LIMIT ? STEP : BLOCK;
+/* Columns [k, k + columns) of W, rows [n, n + width), as tiles: 16 columns a row of tiles, `stride` bytes apart, two rows of W a row of a tile. */
+static void decode_columns(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride) {
+  pairing z = pairing_of(w);
+  int64_t per = w->block_size / BLOCK;
+  int fast = is_fast(w);
+  for (int64_t i = 0; i < width; i += 2)
+    for (int64_t j = 0; j < columns; j += BLOCK) {
+      char *row = out + j / 16 * stride + i / 32 * TILE_BYTES + i % 32 / 2 * 64;
+      if (n + i >= w->rows || k + j >= w->cols) for (int t = 0; t < 4; t++) memset(row + t * stride, 0, 64);
+      else if (fast) pair_fast(w, &z, n + i, k + j, per, row, stride);
+      else pair_any(w, &z, n + i, k + j, row, stride);
+    }
 }
 
-/* Columns [k, k + 64 or 128) of dx: W as tiles [columns / 16][N / 32], two rows a tile row. Scratch: those, then result tiles. */
-static void back_block(const wane_linear_args *a, const wane_qview *w, const pairing *z, int64_t k, int64_t columns) {
-  int64_t tiles = tiles_of(a->N), phase = least(tiles, BACK_LIMIT / TILE_BYTES / (columns / 16) - 1), phased = tiles > phase, stride = (phase + 1) * TILE_BYTES;
-  int64_t per = w->block_size / BLOCK, bytes = a->dtype == WANE_F32 ? 4 : 2;
-  int fast = is_fast(w);
-  char *b = wane_scratch();
-  float *c = (float *)(void *)(b + BACK_LIMIT);                              // [m / 32 if phased][pairs of k][4][16][16]
-  for (int64_t p = 0; p < tiles; p += phase) {
-    int64_t part = least(phase, tiles - p), run = run_of(part), kept = phased || run < part;
-    for (int64_t n = p * 32; n < (p + part) * 32; n += 2)
-      for (int64_t j = 0; j < columns; j += BLOCK) {
-        char *out = b + j / 16 * stride + (n / 32 - p) * TILE_BYTES + n % 32 / 2 * 64;
-        if (n >= a->N || k + j >= a->K) for (int t = 0; t < 4; t++) memset(out + t * stride, 0, 64);
-        else if (fast) pair_fast(w, z, n, k + j, per, out, stride);
-        else pair_any(w, z, n, k + j, out, stride);
-      }
-    for (int64_t m = 0; m < a->M; m += 32)
-      for (int64_t t = 0; t < part; t += run) {
-        const char *d0 = (const char *)a->work + (m / 16 * tiles + p + t) * TILE_BYTES;
-        int last = p + part == tiles && t + run >= part;
-        for (int64_t j = 0; j < columns / 32 && k + 32 * j < a->K; j++) {
-          float *out = c + ((phased ? m / 32 * (columns / 32) : 0) + (kept ? j : 0)) * 1024;
-          const char *b0 = b + 2 * j * stride + t * TILE_BYTES;
-          int64_t column = k + 32 * j, count = least(32, a->K - column);
-          if (last) own_rows(a->y, bytes, m * a->K + column, a->K, least(32, a->M - m));
-          multiply(d0, d0 + tiles * TILE_BYTES, b0, b0 + stride, least(run, part - t), out, p + t == 0, 1, 0);
-          for (int64_t i = 0; last && i < least(32, a->M - m); i++) {        /* tiles: rows 0-15, columns 0-15 and 16-31; rows 16-31 */
-            const float *row = out + i / 16 * 512 + i % 16 * 16;
-            put_row(a->y, a->dtype, (m + i) * a->K + column, _mm512_loadu_ps(row), _mm512_loadu_ps(row + 256), count);
-          }
-        }
-      }
+/* Four tiles, columns [k, k + 32) of dx's rows [m, m + 32): rows 0 to 15, columns 0 to 15 and 16 to 31; rows 16 to 31. */
+static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64_t k) {
+  int64_t count = least(32, a->K - k);
+  for (int64_t i = 0; i < least(32, a->M - m); i++) {
+    const float *row = c + i / 16 * 512 + i % 16 * 16;
+    put_row(a->y, a->dtype, (m + i) * a->K + k, _mm512_loadu_ps(row), _mm512_loadu_ps(row + 256), count);
   }
 }
 
-static void back(const wane_op *op, uint32_t chunk) {
+/* ================================================================ both */
+
+/* How a product is cut into units, by the shapes alone: `outs` outputs (rows of W; backward: its columns) of `rows` rows of x. All of W's share of
+ * a unit lies in the scratch, or, beyond PHASE tiles, `phase` tiles at a time with the results kept between. Units are first as wide as the
+ * scratch allows, because each block of outputs reads x anew, then made from fewer rows, at last from fewer outputs, so that there are some to share. */
+typedef struct cut { int64_t outs, phase, rows, blocks, slices; } cut;
+
+static cut cut_of(int64_t M, int64_t outputs, int64_t width, int64_t grain) {
+  int64_t tiles = tiles_of(width), phases = (tiles + PHASE - 1) / PHASE, most, want, kept;
+  cut c = { .phase = phases == 1 ? tiles : round_up((tiles + phases - 1) / phases, PHASE_GRAIN) };
+  most = W_ROOM / TILE_BYTES / (c.phase + 1) / (grain / 16) * grain;
+  c.blocks = (outputs + most - 1) / most;
+  c.slices = least((UNITS_WANTED + c.blocks - 1) / c.blocks, M < UNIT_ROWS ? 1 : M / UNIT_ROWS);
+  want = (UNITS_WANTED + c.slices - 1) / c.slices;
+  if (c.blocks < want) c.blocks = want;
+  c.outs = round_up((outputs + c.blocks - 1) / c.blocks, grain);
+  c.blocks = (outputs + c.outs - 1) / c.outs;
+  kept = KEPT_ROOM / (c.outs / 32 * 4 * TILE_BYTES) * 32;
+  if (phases > 1 && M > kept * c.slices) c.slices = (M + kept - 1) / kept;
+  c.rows = round_up((M + c.slices - 1) / c.slices, 32);
+  c.slices = (M + c.rows - 1) / c.rows;
+  return c;
+}
+
+/* The tiles in this worker's scratch: block `block` of the product `id` (WANE_LINEAR_ID; 0 never matches). While an op runs its workers do nothing else,
+ * so a worker that takes two units of one block decodes W once. The scratch holds the name too: it may be another than last time. */
+typedef struct name { int64_t id, block; } name;
+static _Thread_local name decoded;
+
+static int is_decoded(const char *scratch, name wanted) {
+  return wanted.id && !memcmp(&decoded, &wanted, sizeof wanted) && !memcmp(scratch + NAME_AT, &wanted, sizeof wanted);
+}
+
+static void set_decoded(char *scratch, name now) {
+  decoded = now;
+  memcpy(scratch + NAME_AT, &now, sizeof now);
+}
+
+/* A unit: rows [m0, m1) of x times the outputs from o on. w: W's tiles, pairs of rows of tiles `stride` bytes apart, of tiles [p, p + part). */
+WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t p, int64_t part,
+                             int back) {
+  int64_t tiles = tiles_of(back ? a->N : a->K), outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
+  int64_t run = run_of(part), phased = tiles > cut->phase;
+  float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
+  for (int64_t m = m0; m < m1; m += 32)
+    for (int64_t k = 0; k < part; k += run) {
+      const char *x0 = (const char *)a->work + (m / 16 * tiles + p + k) * TILE_BYTES, *x1 = x0 + tiles * TILE_BYTES;
+      int last = p + part == tiles && k + run >= part;
+      for (int64_t i = 0; i < pairs; i++) {
+        const char *w0 = w + 2 * i * stride + k * TILE_BYTES, *w1 = w0 + stride;
+        float *c = kept + ((phased ? (m - m0) / 32 * pairs : 0) + (phased || run < part ? i : 0)) * 1024;
+        if (back) multiply(x0, x1, w0, w1, least(run, part - k), c, p + k == 0, 1, 0);
+        else multiply(w0, w1, x0, x1, least(run, part - k), c, p + k == 0, a->M - m > 16, 1);
+        if (!last) continue;
+        if (back) put_rows(a, c, m, o + 32 * i); else put_tiles(a, c, m, o + 32 * i);
+      }
+    }
+}
+
+/* The units of a chunk. */
+WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
-  int64_t lo, hi;
-  if (a.compute == WANE_COMPUTE_F32 || a.N == 0) { avx512_back(op, chunk); return; }
-  int64_t columns = back_columns(&a);
-  pairing z = pairing_of(&w);
-  wane_op_range(op, chunk, a.K, columns, &lo, &hi);
+  int64_t width = back ? a.N : a.K, outputs = back ? a.K : a.N, tiles = tiles_of(width), lo, hi;
+  cut cut = cut_of(a.M, outputs, width, back ? BLOCK : 32);
+  int64_t stride = (cut.phase + 1) * TILE_BYTES;                           /* one more: powers of two would share few sets of a cache */
+  char *scratch = wane_scratch();
+  float *scales = (float *)(void *)(scratch + W_ROOM + KEPT_ROOM);
+  wane_op_range(op, chunk, cut.blocks * cut.slices, 1, &lo, &hi);
   if (lo == hi) return;
   wane_tiles_on();
-  for (int64_t k = lo; k < hi; k += columns) back_block(&a, &w, &z, k, columns);
+  for (int64_t u = lo; u < hi; u++) {
+    int64_t o = u / cut.slices * cut.outs, m = u % cut.slices * cut.rows, count = least(cut.outs, outputs - o);
+    name name = { tiles > cut.phase ? 0 : op->n[WANE_LINEAR_ID], u / cut.slices };
+    for (int64_t p = 0; p < tiles; p += cut.phase) {
+      int64_t part = least(cut.phase, tiles - p);
+      if (!is_decoded(scratch, name)) {
+        if (back) decode_columns(&w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
+        else decode_rows(&w, o, count, p * 32, part * 32, scratch, stride, scales);
+        set_decoded(scratch, name);
+      }
+      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), p, part, back);
+    }
+  }
   wane_tiles_off();
+}
+
+static void many(const wane_op *op, uint32_t chunk) {
+  if (op->i[WANE_LINEAR_COMPUTE] == WANE_COMPUTE_F32 || op->n[11] == 0) avx512_many(op, chunk); else units(op, chunk, 0);
+}
+
+static void back(const wane_op *op, uint32_t chunk) {
+  if (op->i[WANE_LINEAR_COMPUTE] == WANE_COMPUTE_F32 || op->n[10] == 0) avx512_back(op, chunk); else units(op, chunk, 1);
 }
 
 void wane_linear_register_amx(wane_backend *b) {

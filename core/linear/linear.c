@@ -37,6 +37,7 @@ typedef struct product {
 
 /* Fills a fresh record with everything that all ops of a product share. rows [m0, m0 + rows) of x and y. */
 static wane_op *product_op(wane_stream *s, const product *p, int slot, int64_t m0, int64_t rows) {
+  static _Atomic int64_t ids;
   wane_op *op = wane_op_new(s, slot + p->group);
   int64_t size = wane_size_of(p->x->dtype);
   wane_qview_store(op, &p->w);
@@ -45,6 +46,7 @@ static wane_op *product_op(wane_stream *s, const product *p, int slot, int64_t m
   op->p[WANE_LINEAR_BIAS] = p->bias ? p->bias->data : NULL;
   op->p[WANE_LINEAR_WORK] = p->work;
   op->n[WANE_LINEAR_M] = rows;
+  op->n[WANE_LINEAR_ID] = ++ids;
   op->i[WANE_LINEAR_DTYPE] = p->x->dtype;
   op->i[WANE_LINEAR_BIAS_DTYPE] = p->bias ? p->bias->dtype : WANE_F32;
   op->i[WANE_LINEAR_COMPUTE] = p->compute;
@@ -75,8 +77,8 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
   wane_op_push(s, op, NULL, NULL);
   op = product_op(s, p, multiply, m0, rows);
   if (multiply == WANE_OP_LINEAR_ROWS) op->nchunks = at_most(wane_chunks(weights * ((rows + 3) / 4), 1 << 16), p->out);
-  else if (multiply == WANE_OP_LINEAR_MANY) op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 23) / 24);
-  else op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 63) / 64);
+  else if (multiply == WANE_OP_LINEAR_MANY) op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 23) / 24 * ((rows + 127) / 128));
+  else op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 63) / 64 * ((rows + 127) / 128));
   wane_op_push(s, op, p->y, NULL);
 }
 

@@ -51,6 +51,7 @@ enum {
   WANE_LINEAR_BIAS = 2,      /* p: bias [N] or NULL */
   WANE_LINEAR_WORK = 3,      /* p: workspace, 64-byte aligned, wane_linear_work_bytes() */
   WANE_LINEAR_M = 0,         /* n */
+  WANE_LINEAR_ID = 1,        /* n: no other op of this process has it; 0: none given */
   WANE_LINEAR_DTYPE = 0,     /* i: of x and y */
   WANE_LINEAR_BIAS_DTYPE = 1,
   WANE_LINEAR_COMPUTE = 2,   /* WANE_COMPUTE_F32 … _FAST, without the invariant bit */

@@ -1,0 +1,82 @@
+/* amx_tiles.h: what products with AMX bf16 tiles are made of: rounding, tiles in and out of registers, rows out. Internal to amx_many.c. */
+#ifndef WANE_AMX_TILES_H
+#define WANE_AMX_TILES_H
+#include "avx512_linear.h"
+#include "../x86/amx.h"
+#include "../x86/transpose16.h"
+
+enum { TILE_BYTES = 1024 };
+
+/* 32 floats as bf16, rounded to nearest even. */
+WANE_INLINE __m512i to_bf16(__m512 lo, __m512 hi) {
+#ifdef WANE_EMULATE
+  float f[32];
+  uint16_t h[32];
+  _mm512_storeu_ps(f, lo);
+  _mm512_storeu_ps(f + 16, hi);
+  for (int i = 0; i < 32; i++) h[i] = wane_f32_to_bf16(f[i]);
+  return _mm512_loadu_si512(h);
+#else
+  return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+#endif
+}
+
+/* 32 values from element `at` on as bf16; zeros beyond the first `left`. */
+WANE_INLINE __m512i load_bf16(const void *x, int dtype, int64_t at, int64_t left) {
+  if (left < 32) {
+    uint16_t h[32] = { 0 };
+    for (int64_t i = 0; i < left; i++) h[i] = dtype == WANE_BF16 ? ((const uint16_t *)x)[at + i] : wane_f32_to_bf16(wane_float_at(x, dtype, at + i));
+    return _mm512_loadu_si512(h);
+  }
+  if (dtype == WANE_BF16) return _mm512_loadu_si512((const uint16_t *)x + at);
+  if (dtype == WANE_F32) return to_bf16(_mm512_loadu_ps((const float *)x + at), _mm512_loadu_ps((const float *)x + at + 16));
+  const __m256i *h = (const __m256i *)(const void *)((const uint16_t *)x + at);
+  return to_bf16(_mm512_cvtph_ps(_mm256_loadu_si256(h)), _mm512_cvtph_ps(_mm256_loadu_si256(h + 1)));
+}
+
+/* A tile to registers; a streamed one passes by the first-level cache. */
+#define TILE(t, at, streamed) do { if (streamed) _tile_stream_loadd(t, at, 64); else _tile_loadd(t, at, 64); } while (0)
+
+/* c (four tiles: a0 b0, a0 b1, a1 b0, a1 b1) += runs of `tiles` tiles; without b1 when !two. W, which is a or b, is read once for each panel of
+ * x: it is streamed, so that the panel, read once for each pair of W's tiles, stays in the first-level cache. */
+WANE_INLINE void multiply(const char *a0, const char *a1, const char *b0, const char *b1, int64_t tiles, float *c, int first, int two, int w_is_a) {
+  if (first) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
+  else { _tile_loadd(0, c, 64); _tile_loadd(1, c + 256, 64); _tile_loadd(2, c + 512, 64); _tile_loadd(3, c + 768, 64); }
+  if (two)
+    for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
+      TILE(6, b0 + t, !w_is_a);
+      TILE(4, a0 + t, w_is_a);
+      TILE(7, b1 + t, !w_is_a);
+      _tile_dpbf16ps(0, 4, 6);
+      TILE(5, a1 + t, w_is_a);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  else
+    for (int64_t t = 0; t < tiles * TILE_BYTES; t += TILE_BYTES) {
+      TILE(6, b0 + t, !w_is_a);
+      TILE(4, a0 + t, w_is_a);
+      _tile_dpbf16ps(0, 4, 6);
+      TILE(5, a1 + t, w_is_a);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+  _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64); _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
+}
+
+/* Stores `count` <= 32 values of a row. */
+WANE_INLINE void put_row(void *y, int dtype, int64_t at, __m512 lo, __m512 hi, int64_t count) {
+  if (count == 32 && dtype == WANE_BF16) { _mm512_storeu_si512((uint16_t *)y + at, to_bf16(lo, hi)); return; }
+  if (count == 32 && dtype == WANE_F32) {
+    _mm512_storeu_ps((float *)y + at, lo);
+    _mm512_storeu_ps((float *)y + at + 16, hi);
+    return;
+  }
+  float v[32];
+  _mm512_storeu_ps(v, lo);
+  _mm512_storeu_ps(v + 16, hi);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) avx2_store(y, dtype, at + i, _mm256_loadu_ps(v + i));
+  for (; i < count; i++) wane_float_put(y, dtype, at + i, v[i]);
+}
+#endif
