@@ -209,6 +209,43 @@ describe("products", function()
     end
   end)
 
+  it("units of many rows, outputs and phases: one weight after the other, any number of threads", function()
+    local r, before = s.random(19), C.wane_threads()
+    for _, kind in ipairs { { "nf4", 64, true }, { "bf16" } } do
+      for _, shape in ipairs { { 270, 161, 192 }, { 262, 35, 3136 }, { 259, 3200, 33 } } do
+        local M, N, K = shape[1], shape[2], shape[3]
+        if kind[2] then K = math.ceil(K / 64) * 64 end
+        local w, wanted = {}, {}
+        local xdata, dydata = rounded(s.activations(r, M, K), M * K), rounded(s.activations(r, M, N), M * N)
+        local x, dy = s.tensor("f32", { M, K }, xdata), s.tensor("f32", { M, N }, dydata)
+        for i = 1, 2 do
+          local values
+          w[i], values = weight(kind, N, K, r)
+          local exact = s.tensor("f32", { N, K }, rounded(values, N * K))
+          wanted[i] = { (s.linear(x, exact, nil, C.WANE_COMPUTE_F32, -1)), (s.linear_backward(dy, exact, C.WANE_COMPUTE_F32)) }
+        end
+        s.at_levels(function(level)
+          local seen
+          for _, threads in ipairs { 1, 2 } do
+            C.wane_set_threads(threads)
+            local bits = {}
+            for i = 1, 2 do
+              local y, n = s.linear(x, w[i], nil, C.WANE_COMPUTE_BF16, -1)
+              local dx, m = s.linear_backward(dy, w[i], C.WANE_COMPUTE_BF16)
+              bits[i] = ffi.string(y, n * 4) .. ffi.string(dx, m * 4)
+              local forward, back = s.difference(y, wanted[i][1], n), s.difference(dx, wanted[i][2], m)
+              local what = ("%s %s %d %d %d: %g, %g"):format(level, label(kind), M, N, K, forward, back)
+              assert.is_true(forward <= 1.5e-2 * rms(y, n) and back <= 1.5e-2 * rms(dx, m), what)
+            end
+            seen = seen or bits
+            assert.is_true(seen[1] == bits[1] and seen[2] == bits[2], level)
+          end
+          C.wane_set_threads(before)
+        end)
+      end
+    end
+  end)
+
   it("NaN and infinity in x show in their rows and nowhere else", function()
     local r = s.random(17)
     for _, M in ipairs { 3, 20 } do
