@@ -232,6 +232,8 @@ static void pair_any(const wane_qview *w, const pairing *z, int64_t n, int64_t k
   __m512i row[2][2];
   for (int i = 0; i < 2; i++) {
     int there = n + i < w->rows;
+    if (w->dtype == WANE_BF16)                                               /* 32 rows on: the columns are a strip that no stream of reads foresees */
+      for (int h = 0; h < 2; h++) _mm_prefetch((const char *)w->codes + ((n + i + 32) * w->cols + k + 32 * h) * 2, _MM_HINT_T0);
     if (there && w->dtype != WANE_BF16) kit->dequantize(w, (n + i) * w->cols + k, count, f[i]);
     for (int h = 0; h < 2; h++)
       row[i][h] = w->dtype == WANE_BF16 ? load_bf16(w->codes, WANE_BF16, (n + i) * w->cols + k + 32 * h, there ? count - 32 * h : 0)
