@@ -69,7 +69,8 @@ static inline void wane_op_range(const wane_op *op, uint32_t chunk, int64_t unit
 
 /* From inside a kernel: the op could not be done (an id out of range). Stops the stream; the message is copied. */
 void wane_op_fail(const wane_op *op, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* From inside a kernel: this worker's scratch memory, 64-byte aligned, WANE_SCRATCH bytes. Contents do not survive the chunk. */
+/* From inside a kernel: this worker's scratch memory, 64-byte aligned, WANE_SCRATCH bytes. Contents do not survive the op,
+ * and from one of its chunks to the next only if it is the same worker and the same memory. */
 enum { WANE_SCRATCH = 1600 << 10 };
 void *wane_scratch(void);
 #endif
