@@ -9,6 +9,8 @@
 /* Registers one instruction set's kernels (the generic ones: wane_register_generic_nn). */
 void wane_nn_register_avx2(wane_backend *b);
 void wane_nn_register_avx512(wane_backend *b);
+void wane_nn_register_avx512bf16(wane_backend *b);
+void wane_attention_register_amx(wane_backend *b);   /* after those with vectors, to which it leaves what tiles do not */
 
 /* The one kernel without vectors of its own: the quantizers' twins do its work (nn_embedding.c). */
 void wane_nn_embedding(const wane_op *op, uint32_t chunk);
@@ -28,6 +30,14 @@ enum { WANE_ATTENTION_KEYS = 64, WANE_ATTENTION_PIECE = 256, WANE_ATTENTION_TILE
 /* Floats of one row's partial sum: the weighted sum of values, padded, then its maximum and its weight. */
 static inline int64_t wane_attention_partial(int64_t D) { return (D + 15) / 16 * 16 + 16; }
 
-/* Floats between rows of the workspace of attention's gradient: whole vectors of every instruction set. */
-static inline int64_t wane_attention_wide(int64_t D) { return (D + 15) / 16 * 16; }
+/* The workspace of attention's gradient, in floats: where its parts begin. Rows are `wide` apart (whole vectors, and whole pairs of tiles, of every
+ * instruction set); each head's dk and dv have `keys` rows, whole blocks. */
+typedef struct wane_attention_places { int64_t wide, keys, delta, dq, dk, dv, kept; } wane_attention_places;
+static inline wane_attention_places wane_attention_place(int64_t heads, int64_t T, int64_t keys, int64_t D) {
+  wane_attention_places l = { (D + 31) / 32 * 32, (keys + WANE_ATTENTION_KEYS - 1) / WANE_ATTENTION_KEYS * WANE_ATTENTION_KEYS, 0, (heads * T + 15) / 16 * 16, 0, 0, 0 };
+  l.dk = l.dq + heads * T * l.wide;
+  l.dv = l.dk + heads * l.keys * l.wide;
+  l.kept = l.dv + heads * l.keys * l.wide;
+  return l;
+}
 #endif

@@ -169,11 +169,12 @@ int wane_attention_train(wane_stream *s, wane_handle *out, wane_handle *lse, con
 
 /* ---------------------------------------------------------------- gradient */
 
-/* Floats of the workspace: nn_attention_back_kernels.h says what lies there. -1 on overflow. */
+/* Floats of the workspace. -1 on overflow. */
 static int64_t back_floats(const operands *a, int64_t keys, int wants_bias) {
-  int64_t heads = a->q->shape[0] * a->q->shape[2], T = a->q->shape[1], wide = wane_attention_wide(a->q->shape[3]), rows, all, kept;
-  if (__builtin_mul_overflow(heads, T + 2 * keys, &rows) || __builtin_mul_overflow(rows, wide, &all) || __builtin_mul_overflow(heads * T, keys, &kept)) return -1;
-  return (heads * T + 15) / 16 * 16 + all + (wants_bias ? kept : 0);
+  int64_t heads = a->q->shape[0] * a->q->shape[2], T = a->q->shape[1], D = a->q->shape[3], rows, all, kept;
+  if (__builtin_mul_overflow(heads, T + 2 * (keys + WANE_ATTENTION_KEYS), &rows) || __builtin_mul_overflow(rows, D + 64, &all) ||
+      __builtin_mul_overflow(heads * T, keys, &kept)) return -1;
+  return wane_attention_place(heads, T, keys, D).kept + (wants_bias ? kept : 0);
 }
 
 /* Enqueues the phases. made: dq, dk, dv, dbias. */

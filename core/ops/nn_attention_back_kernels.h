@@ -3,7 +3,7 @@
  *
  *   P = 2^(S - lse)    dV = Pᵀ dO    dP = dO Vᵀ    dS = P ∘ (dP - delta), delta = sum of dO ∘ O    dQ = s dS K    dK = s dSᵀ Q
  *
- * The record is WANE_OP_ATTENTION's (p 0 to 8, n, stride, f, i 0 to 3) with i 4 = phase; p 6 is the workspace, see back_layout. Phases:
+ * The record is WANE_OP_ATTENTION's (p 0 to 8, n, stride, f, i 0 to 3) with i 4 = phase; p 6 is the workspace, see wane_attention_places. Phases:
  *   0  delta                p 0 out, 9 dout. Chunks: rows
  *   1  dq, and each query head's dk and dv into the workspace. p 0 dq, 9 dout. Chunks: (b, head), keys in the outer loop
  *   2  dk and dv            p 0 dk, 1 dv [B, keys, KV, D]: sums over the heads that share a kv head. Chunks: keys
@@ -145,29 +145,23 @@ static void back_meet(back_block *z, int64_t j0, int n, const float *delta, floa
   back_product(z->ds, KEYS, z->k, wide, z->dq + a->row0 * wide, wide, n, wide, rows, 1);
 }
 
-/* Where things lie in the workspace, in floats. */
-typedef struct back_layout { int64_t wide, delta, dq, dk, dv, kept; } back_layout;
-static back_layout back_places(const wane_op *op) {
-  int64_t heads = op->n[0] * op->n[1], T = op->n[3], keys = op->n[5], wide = wane_attention_wide(op->n[4]);
-  back_layout l = { wide, 0, (heads * T + 15) / 16 * 16, 0, 0, 0 };
-  l.dk = l.dq + heads * T * wide;
-  l.dv = l.dk + heads * keys * wide;
-  l.kept = l.dv + heads * keys * wide;
-  return l;
-}
+static wane_attention_places back_places(const wane_op *op) { return wane_attention_place(op->n[0] * op->n[1], op->n[3], op->n[5], op->n[4]); }
 
 /* Phase 0. */
 static void back_delta(const wane_op *op, uint32_t chunk) {
   int64_t H = op->n[1], T = op->n[3], D = op->n[4], lo, hi;
   float *delta = (float *)op->p[6] + back_places(op).delta;
   wane_op_range(op, chunk, op->n[0] * T * H, 1, &lo, &hi);
+  int64_t b = lo / (T * H), t = lo / H % T, h = lo % H;
   for (int64_t row = lo; row < hi; row++) {
     vf sum = vf_zero();
     for (int64_t d = 0; d < D; d += VW) {
       int n = vec_left(d, D);
       sum = vf_fma(vf_get_n(op->p[9], op->i[0], row * D + d, n), vf_get_n(op->p[0], op->i[0], row * D + d, n), sum);
     }
-    delta[(row / (T * H) * H + row % H) * T + row / H % T] = vf_sum(sum);
+    delta[(b * H + h) * T + t] = vf_sum(sum);
+    if (++h == H) h = 0, t++;
+    if (t == T) t = 0, b++;
   }
 }
 
@@ -190,13 +184,13 @@ static void back_open(back_block *z, const wane_op *op, int64_t b, int64_t head,
 
 /* Phase 1 of one (b, head). */
 static void back_head(const wane_op *op, int64_t unit) {
-  back_layout l = back_places(op);
+  wane_attention_places l = back_places(op);
   back_block z;
   int64_t T = op->n[3], keys = op->n[5], D = op->n[4], H = op->n[1], step = back_rows(D);
   float *work = op->p[6], *kept = op->i[5] ? work + l.kept : NULL;
   int all;
   back_open(&z, op, unit / H, unit % H, l.wide);
-  z.dq = work + l.dq + unit * T * l.wide; z.dk = work + l.dk + unit * keys * l.wide; z.dv = work + l.dv + unit * keys * l.wide;
+  z.dq = work + l.dq + unit * T * l.wide; z.dk = work + l.dk + unit * l.keys * l.wide; z.dv = work + l.dv + unit * l.keys * l.wide;
   memset(z.dq, 0, (size_t)(T * l.wide) * sizeof(float));
   memset(z.dk, 0, (size_t)(keys * l.wide) * sizeof(float));
   memset(z.dv, 0, (size_t)(keys * l.wide) * sizeof(float));
@@ -223,7 +217,7 @@ static void back_head(const wane_op *op, int64_t unit) {
 
 /* Phase 2. */
 static void back_reduce(const wane_op *op, uint32_t chunk) {
-  back_layout l = back_places(op);
+  wane_attention_places l = back_places(op);
   int64_t H = op->n[1], KV = op->n[2], G = H / KV, D = op->n[4], keys = op->n[5], lo, hi;
   wane_op_range(op, chunk, op->n[0] * keys, 1, &lo, &hi);
   for (int which = 0; which < 2; which++) {
@@ -231,9 +225,9 @@ static void back_reduce(const wane_op *op, uint32_t chunk) {
     for (int64_t row = lo; row < hi; row++)
       for (int64_t kv = 0; kv < KV; kv++)
         for (int64_t d = 0; d < D; d += VW) {
-          const float *from = work + ((row / keys * H + kv * G) * keys + row % keys) * l.wide + d;
+          const float *from = work + ((row / keys * H + kv * G) * l.keys + row % keys) * l.wide + d;
           vf sum = vf_load(from);
-          for (int64_t g = 1; g < G; g++) sum = vf_add(sum, vf_load(from + g * keys * l.wide));
+          for (int64_t g = 1; g < G; g++) sum = vf_add(sum, vf_load(from + g * l.keys * l.wide));
           vf_put_n(op->p[which], op->i[which ? 2 : 1], (row * KV + kv) * D + d, sum, vec_left(d, D));
         }
   }
@@ -241,7 +235,7 @@ static void back_reduce(const wane_op *op, uint32_t chunk) {
 
 /* Phase 3. */
 static void back_bias(const wane_op *op, uint32_t chunk) {
-  back_layout l = back_places(op);
+  wane_attention_places l = back_places(op);
   const int64_t *st = op->stride[3], B = op->n[0], H = op->n[1], T = op->n[3], keys = op->n[5];
   const float *kept = (const float *)op->p[6] + l.kept;
   float *dbias = op->p[0];

@@ -233,7 +233,7 @@ end
 function F.attend(q, k, v, o)
   local function keys_first(t) return one(C.wane_view_permute, t.h, ffi.new("int32_t[4]", 0, 2, 1, 3)) end
   local kh, vh = keys_first(k), keys_first(v)
-  if not (o.first or recording(q, k, v) or recording(o.bias)) then return F.attention(q, kh, vh, o) end
+  if not (o.first or autograd.dropping or recording(q, k, v) or recording(o.bias)) then return F.attention(q, kh, vh, o) end
   local y, lse = handle(), handle()
   check(C.wane_attention_train(stream(), y, lse, q.h, kh.h, vh.h, h(o.key_mask), h(o.bias), h(o.first), attention_options(o)))
   y, lse = wrap(y), wrap(lse)
