@@ -434,6 +434,9 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
                                       const wane_handle *x, const wane_handle *weight, double eps);
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
+/* wane_nll and the gradient of factor * its sum at once, while a row is in the cache: nll f32 [M]; dlogits [M, V] in `dtype`, a float one, rounded once. */
+WANE_API int wane_nll_with_gradient(wane_stream *s, wane_handle *nll, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, double factor,
+                                    int64_t ignore_index, int dtype);
 
 /* ---- optimizers. Sources: torch.optim, bitsandbytes optim/ and csrc/kernels.cu; decay comes before the step, as torch has it. ---- */
 enum {

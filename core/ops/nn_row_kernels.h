@@ -220,7 +220,7 @@ static void VEC_NAME(wane_nn_softmax)(const wane_op *op, uint32_t chunk) {
 
 /* ---------------------------------------------------------------- loss
  * NLL: p 0 out f32 [M], 1 logits [M, V], 2 labels, n 0 M, 1 V, 2 ignored label; i 0 logits' dtype, 1 labels'.
- * NLL_BACKWARD: p 0 dlogits, 1, 2 as above, 3 scale f32 [M]. Chunks: rows. */
+ * NLL_BACKWARD: p 0 dlogits, 1, 2 as above, 3 scale f32 [M] or NULL (f 0 for all), 4 what NLL's 0 is, or NULL; i 2 dlogits' dtype. Chunks: rows. */
 
 /* The row's label; -1 for one to be ignored. Fails the op, and gives -1, if it is out of range. */
 static int64_t label_of(const wane_op *op, int64_t r) {
@@ -245,17 +245,21 @@ VEC void nll_rows(const wane_op *op, int64_t lo, int64_t hi, const int dtype) {
   }
 }
 
-VEC void nll_backward_rows(const wane_op *op, int64_t lo, int64_t hi, const int dtype) {
+VEC void nll_backward_rows(const wane_op *op, int64_t lo, int64_t hi, int dtype, int out) {
   int64_t V = op->n[1];
+  float *nll = op->p[4];
   for (int64_t r = lo; r < hi; r++) {
     int64_t label = label_of(op, r);
-    float factor = label < 0 ? 0.0f : ((const float *)op->p[3])[r];
-    if (factor == 0.0f) {
-      memset((char *)op->p[0] + r * V * wane_size_of(dtype), 0, (size_t)(V * wane_size_of(dtype)));
+    float factor = label < 0 ? 0.0f : op->p[3] ? ((const float *)op->p[3])[r] : op->f[0];
+    if (nll) nll[r] = 0.0f;
+    if (label < 0 || (factor == 0.0f && !nll)) {
+      memset((char *)op->p[0] + r * V * wane_size_of(out), 0, (size_t)(V * wane_size_of(out)));
       continue;
     }
     float max = row_max(op->p[1], r * V, V, dtype);
-    vf m = vf_set1(max), scale = vf_set1((float)((double)factor / row_exp_sum(op->p[1], r * V, V, max, dtype)));
+    double sum = row_exp_sum(op->p[1], r * V, V, max, dtype);
+    if (nll) nll[r] = (float)(log(sum) + (double)max - (double)wane_float_at(op->p[1], dtype, r * V + label));
+    vf m = vf_set1(max), scale = vf_set1((float)((double)factor / sum));
     for (int64_t i = 0; i < V; i += VW) {
       int n = vec_left(i, V);
       float lanes[VW];
@@ -265,7 +269,7 @@ VEC void nll_backward_rows(const wane_op *op, int64_t lo, int64_t hi, const int 
         lanes[label - i] -= factor;
         v = vf_load(lanes);
       }
-      vf_put_n(op->p[0], dtype, r * V + i, v, n);
+      vf_put_n(op->p[0], out, r * V + i, v, n);
     }
   }
 }
@@ -279,7 +283,9 @@ static void VEC_NAME(wane_nn_nll)(const wane_op *op, uint32_t chunk) {
 static void VEC_NAME(wane_nn_nll_backward)(const wane_op *op, uint32_t chunk) {
   int64_t lo, hi;
   wane_op_range(op, chunk, op->n[0], 1, &lo, &hi);
-  WITH_DTYPE(op->i[0], nll_backward_rows, op, lo, hi);
+  if (op->i[0] == WANE_F32 && op->i[2] == WANE_BF16) nll_backward_rows(op, lo, hi, WANE_F32, WANE_BF16);
+  else if (op->i[0] == WANE_F32 && op->i[2] == WANE_F32) nll_backward_rows(op, lo, hi, WANE_F32, WANE_F32);
+  else WITH_DTYPE(op->i[2], nll_backward_rows, op, lo, hi, op->i[0]);
 }
 
 /* ---------------------------------------------------------------- gated activations

@@ -40,42 +40,64 @@ static int check_nll(const wane_tensor *logits, const wane_tensor *labels) {
   return WANE_OK;
 }
 
-/* Forward (scale NULL) and backward; the record is described in nn_row_kernels.h. */
-static int nll(wane_stream *s, wane_handle *out, const wane_handle *hlogits, const wane_handle *hlabels, const wane_handle *hscale, int64_t ignore, int code) {
+/* What one call wants: values of nll, their gradient, or both. */
+typedef struct nll_call {
+  wane_handle *nll, *dlogits;
+  const wane_handle *scale;                /* [M], or NULL: `factor` for all rows */
+  double factor;
+  int dtype;                               /* of dlogits; -1: that of the logits */
+} nll_call;
+
+/* The record is described in nn_row_kernels.h. */
+static int nll(wane_stream *s, const nll_call *call, const wane_handle *hlogits, const wane_handle *hlabels, int64_t ignore) {
   int status = wane_enter(s);
   if (status) return status;
   wane_tensor *logits = wane_use(s, hlogits, "logits"), *labels = logits ? wane_use(s, hlabels, "labels") : NULL, *scale = NULL;
-  if (!labels || (hscale && !(scale = wane_use(s, hscale, "scale")))) return WANE_E_STALE;
+  if (!labels || (call->scale && !(scale = wane_use(s, call->scale, "scale")))) return WANE_E_STALE;
   if ((status = check_nll(logits, labels))) return status;
   int64_t M = logits->shape[0], V = logits->shape[1];
   if (scale && (scale->ndim != 1 || scale->shape[0] != M || !wane_is_float(scale->dtype)))
     return wane_fail(WANE_E_SHAPE, "nll_backward: expected scale [%lld] of floats, found %s", (long long)M, wane_shape_text(scale));
   wane_handle tmp[3] = { { NULL, 0, 0 } };
+  int dtype = call->dtype < 0 ? logits->dtype : call->dtype;
   logits = wane_contiguous(s, logits, &tmp[0]);
   labels = logits ? wane_contiguous(s, labels, &tmp[1]) : NULL;
   if (labels && scale) scale = wane_as(s, scale, WANE_F32, &tmp[2]);
-  wane_tensor *y = NULL;
-  if (labels && (!hscale || scale)) y = code == WANE_OP_NLL ? wane_make(s, out, WANE_F32, 1, &M) : wane_make(s, out, logits->dtype, 2, logits->shape);
-  if (!y) status = WANE_E_MEMORY;
-  else if (M > 0) {
-    wane_op *op = wane_op_new(s, code);
-    op->p[0] = y->data; op->p[1] = logits->data; op->p[2] = labels->data; op->p[3] = scale ? scale->data : NULL;
+  wane_tensor *y = NULL, *dx = NULL;
+  status = labels && (!call->scale || scale) ? WANE_OK : WANE_E_MEMORY;
+  if (!status && call->nll && !(y = wane_make(s, call->nll, WANE_F32, 1, &M))) status = WANE_E_MEMORY;
+  if (!status && call->dlogits && !(dx = wane_make(s, call->dlogits, dtype, 2, logits->shape))) {
+    status = WANE_E_MEMORY;
+    if (y) wane_tensor_free(call->nll);
+  }
+  if (!status && M > 0) {
+    wane_op *op = wane_op_new(s, dx ? WANE_OP_NLL_BACKWARD : WANE_OP_NLL);
+    op->p[0] = dx ? dx->data : y->data; op->p[1] = logits->data; op->p[2] = labels->data; op->p[3] = scale ? scale->data : NULL;
+    op->p[4] = dx && y ? y->data : NULL;
     op->n[0] = M; op->n[1] = V; op->n[2] = ignore;
-    op->i[0] = logits->dtype; op->i[1] = labels->dtype;
+    op->f[0] = (float)call->factor;
+    op->i[0] = logits->dtype; op->i[1] = labels->dtype; op->i[2] = dtype;
     op->nchunks = wane_chunks(M, 1 + EXP_WORK / V);
-    wane_op_push(s, op, y, NULL);
+    wane_op_push(s, op, dx ? dx : y, dx ? y : NULL);
   }
   for (int i = 0; i < 3; i++) wane_tensor_free(&tmp[i]);
   return status;
 }
 
 int wane_nll(wane_stream *s, wane_handle *out, const wane_handle *logits, const wane_handle *labels, int64_t ignore_index) {
-  return nll(s, out, logits, labels, NULL, ignore_index, WANE_OP_NLL);
+  return nll(s, &(nll_call){ .nll = out, .dtype = -1 }, logits, labels, ignore_index);
 }
 
 int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index) {
   if (!scale) return wane_fail(WANE_E_ARG, "nll_backward: scale is missing (one factor a row, such as 1 / number of labels)");
-  return nll(s, dlogits, logits, labels, scale, ignore_index, WANE_OP_NLL_BACKWARD);
+  return nll(s, &(nll_call){ .dlogits = dlogits, .scale = scale, .dtype = -1 }, logits, labels, ignore_index);
+}
+
+int wane_nll_with_gradient(wane_stream *s, wane_handle *out, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, double factor,
+                           int64_t ignore_index, int dtype) {
+  if (dtype != WANE_F32 && dtype != WANE_F16 && dtype != WANE_BF16)
+    return wane_fail(WANE_E_DTYPE, "nll_with_gradient: the gradient must be f32, f16 or bf16, found dtype number %d", dtype);
+  return nll(s, &(nll_call){ .nll = out, .dlogits = dlogits, .factor = factor, .dtype = dtype }, logits, labels, ignore_index);
 }
 
 /* ---------------------------------------------------------------- gated activations */

@@ -32,21 +32,25 @@ local function head_trains(head)
   return false
 end
 
--- Sum of the losses of some rows x [rows, C], times `scale`: f32 [1].
-local function piece(model, x, labels, scale)
+-- Scores of some rows x [rows, C]: f32 [rows, V].
+local function scores(model, x)
   if x:dtype() ~= "f32" then x = F.cast(x, C.WANE_F32) end
-  local logits = model:head(F.view(x, 1, x:shape()[1], -1))
-  local nll = F.nll(F.view(logits, x:shape()[1], -1), labels, M.IGNORED)
-  return F.scale(F.sum(nll, 0), scale)
+  return F.view(model:head(F.view(x, 1, x:shape()[1], -1)), x:shape()[1], -1)
 end
 
--- Loss and gradient of some rows, at once.
+-- Sum of the losses of some rows, times `scale`: f32 [1].
+local function piece(model, x, labels, scale)
+  return F.scale(F.sum(F.nll(scores(model, x), labels, M.IGNORED), 0), scale)
+end
+
+-- Loss and gradient of some rows, at once. The gradient of the scores is rounded to bf16 where the activations are; f16 would lose the small ones.
 local function piece_with_gradient(model, x, labels, scale)
   local leaf = x:detach()
   leaf.requires_grad = true
-  local loss = autograd.record(piece, model, leaf, labels, scale)
-  loss:backward()
-  return loss, F.cast(leaf.grad, x:info().dtype), leaf.grad:close()
+  local logits = autograd.record(scores, model, leaf)
+  local nll, gradient = F.nll_with_gradient(logits, labels, scale, M.IGNORED, x:dtype() == "bf16" and C.WANE_BF16 or C.WANE_F32)
+  logits:backward(gradient)
+  return F.scale(F.sum(nll, 0), scale), F.cast(leaf.grad, x:info().dtype), leaf.grad:close()
 end
 
 -- fn(x's rows, their labels) -> loss, … of every piece in turn.

@@ -235,6 +235,30 @@ S.each_level(function(level, level_name)
       assert.is_true(S.difference(S.list(dx), expected) < 1e-6)
     end)
 
+    it("nll with its gradient gives what both give alone, rounded to the dtype asked for", function()
+      local M, V = 5, 37
+      local labels, logits = S.tensor({ 3, -100, 20, 0, 36 }, { M }, C.WANE_I32), S.random(M * V, 15, 2)
+      for _, from in ipairs(DTYPES) do
+        local x, half = S.tensor(logits, { M, V }, from[2]), S.tensor({ 0.5, 0.5, 0.5, 0.5, 0.5 }, { M })
+        local want, slope = S.handle(), S.handle()
+        core.check(C.wane_nll(s(), want, x, labels, -100))
+        core.check(C.wane_nll_backward(s(), slope, S.tensor(S.list(x), { M, V }), labels, half, -100))
+        for _, to in ipairs(DTYPES) do
+          local nll, dx = S.handle(), S.handle()
+          core.check(C.wane_nll_with_gradient(s(), nll, dx, x, labels, 0.5, -100, to[2]))
+          assert.same(S.list(want), S.list(nll))
+          for i, v in ipairs(S.list(slope)) do
+            assert.is_true(math.abs(S.list(dx)[i] - v) <= 2 ^ -8 * math.abs(v) * (to[2] == C.WANE_F32 and 0 or 1) + 1e-7)
+          end
+        end
+      end
+      local dx, nll = S.handle(), S.handle()                         -- a factor of 0 leaves the values
+      core.check(C.wane_nll_with_gradient(s(), nll, dx, S.tensor(logits, { M, V }), labels, 0, -100, C.WANE_F32))
+      assert.is_true(S.list(nll)[1] > 0)
+      assert.equal(0, S.difference(S.list(dx), S.list(S.tensor(S.random(M * V, 1, 0), { M, V }))))
+      assert.matches("must be f32, f16 or bf16", S.message(C.wane_nll_with_gradient(s(), nll, dx, S.tensor(logits, { M, V }), labels, 1, -100, C.WANE_I32)))
+    end)
+
     it("kv_append converts and places, and leaves the rest", function()
       for _, d in ipairs(DTYPES) do
         local B, T, H, D, cap = 2, 3, 2, 5, 7

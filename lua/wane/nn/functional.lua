@@ -366,6 +366,14 @@ function F.nll(logits, labels, ignore_index)
   return push("nll", y, { logits, n = 1 }, function(dy) return one(C.wane_nll_backward, logits.h, labels.h, dy.h, ignore_index) end)
 end
 
+--- The same values, and the gradient of `factor` times their sum in dtype number `dtype`, in one pass; outside the graph.
+-- @return wane.Tensor nll, wane.Tensor dlogits
+function F.nll_with_gradient(logits, labels, factor, ignore_index, dtype)
+  local y, dlogits = handle(), handle()
+  check(C.wane_nll_with_gradient(stream(), y, dlogits, logits.h, labels.h, factor, ignore_index or -100, dtype))
+  return wrap(y), wrap(dlogits)
+end
+
 --- [1, count]: start, start + 1 … as dtype number `dtype`.
 function F.arange(start, count, dtype)
   local y = handle()
