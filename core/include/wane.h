@@ -279,6 +279,17 @@ WANE_API int wane_lora_up_backward(wane_stream *s, wane_handle *du, wane_handle 
  * wanted). dx has x's shape and dtype. */
 WANE_API int wane_lora_down_backward(wane_stream *s, const wane_handle *dx, wane_handle *dA, const wane_handle *du, const wane_handle *x,
                                      const wane_handle *A, double p, uint64_t seed, uint64_t offset);
+typedef struct wane_lora_options {
+  double scale, p;           /* of B (A drop(x)); the probability of dropping an element of x */
+  uint64_t seed, offset;     /* of the mask; see above */
+} wane_lora_options;
+/* wane_linear, wane_lora_down and wane_lora_up at once: y = x W^T + bias + u B^T, u = scale * drop(x) A^T (to be kept for backward). Where tiles multiply
+ * (AMX, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and never read. */
+WANE_API int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
+                              const wane_handle *B, const wane_lora_options *options, int compute, float threshold);
+/* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. */
+WANE_API int wane_linear_lora_backward(wane_stream *s, wane_handle *dx, wane_handle *dA, wane_handle *dB, const wane_handle *dy, const wane_handle *x, const wane_handle *u,
+                                       const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *options, int compute);
 
 /* ---- mixtures of experts: each row of x times one of several weights. Which one is known on the device only: nothing waits for it. ---- */
 /* Sorts the choices ids [M, k] (i32 or i64, each in [0, experts)) by expert, in the order of rows within one. source i32 [M*k]: sorted row p

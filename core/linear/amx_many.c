@@ -6,11 +6,13 @@
  * The order of k inside a step of 128 (64 at the end of a row) is free as long as both sides agree: 4-bit weights use the order in which vpermw
  * delivers them. Their levels times their scale are one 32-entry table of bf16 a step, so a weight is bf16(level * absmax), as bitsandbytes has
  * it. bf16 weights are copied; other kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
+ * A low-rank product beside it (lora.h) is a few more values of the contraction, in tiles after its own: u with x, the other factor with W.
  * The contraction is cut in equal runs of at most RUN tiles (a panel of x, 2 KiB a tile, stays in the first-level cache, past which W is streamed)
  * and, beyond the scratch, in phases, by the shapes alone. */
 #include "amx_tiles.h"
+#include "amx_split.h"
 
-enum { STEP = 128, BLOCK = 64, RUN = 18, PHASE = 96, PHASE_GRAIN = 8, UNITS_WANTED = 8, UNIT_ROWS = 128 };
+enum { STEP = 128, BLOCK = 64, RUN = 19, PHASE = 96, PHASE_GRAIN = 8, UNITS_WANTED = 8, UNIT_ROWS = 128 };
 /* The scratch: W's tiles, results kept between runs and phases, a row's scales, and which tiles they are. */
 enum { W_ROOM = 1088 << 10, KEPT_ROOM = 432 << 10, SCALES_ROOM = 64 << 10, NAME_AT = W_ROOM + KEPT_ROOM + SCALES_ROOM };
 _Static_assert(NAME_AT + 64 <= WANE_SCRATCH, "tiles, results and scales fit into the scratch memory");
@@ -20,6 +22,9 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Tiles of 32 values that a row of `width` fills: whole blocks of 64. */
 static int64_t tiles_of(int64_t width) { return round_up(width, BLOCK) / 32; }
+
+/* Tiles that the low-rank product adds. */
+static int64_t added_tiles(const wane_op *op) { return op->i[WANE_LINEAR_RANK] > 0 ? wane_split_tiles(op->i[WANE_LINEAR_RANK]) : 0; }
 
 /* `tiles` in equal parts of at most RUN. */
 static int64_t run_of(int64_t tiles) {
@@ -63,13 +68,13 @@ WANE_INLINE void pack_step(const void *x, int dtype, int64_t at, int64_t left, i
   }
 }
 
-/* Rows of a [M, width] tensor as tiles [M / 16][width / 32] of 1 KiB, padded with zeros to 32 rows and 64 columns; turned into
- * [16 pairs][16 rows][2] when `turn`. */
+/* Rows of a [M, width] tensor as tiles [M / 16][width / 32 + added] of 1 KiB, padded with zeros to 32 rows and 64 columns; turned into
+ * [16 pairs][16 rows][2] when `turn`. The low-rank product's u lies where a bias would. */
 static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t chunk, int64_t width, const __m512i *order, int turn) {
   _Alignas(64) uint16_t rows[16][STEP];
-  int64_t lo, hi, tiles = tiles_of(width);
+  int64_t lo, hi, tiles = tiles_of(width) + added_tiles(op), rank = op->i[WANE_LINEAR_RANK];
   wane_op_range(op, chunk, a->M, 32, &lo, &hi);
-  for (int64_t m = lo; m < round_up(hi, 32) && lo < hi; m += 16)
+  for (int64_t m = lo; m < round_up(hi, 32) && lo < hi; m += 16) {
     for (int64_t k = 0; k < width; k += STEP) {
       int count = width - k > BLOCK ? STEP : BLOCK;
       char *out = (char *)a->work + (m / 16 * tiles + k / 32) * TILE_BYTES;
@@ -82,6 +87,10 @@ static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t ch
         else for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + q * TILE_BYTES + 64 * i, _mm512_loadu_si512(rows[i] + 32 * q));
       }
     }
+    char *out = (char *)a->work + (m / 16 * tiles + tiles_of(width)) * TILE_BYTES;
+    for (int i = 0; rank && i < 16; i++) wane_split_row(m + i < a->M ? (const float *)a->bias + (m + i) * rank : NULL, rank, WANE_SPLIT_FIRST, out + 64 * i);
+    for (int64_t q = 0; turn && q < added_tiles(op); q++) wane_transpose16(out + q * TILE_BYTES, 64, out + q * TILE_BYTES, 64);
+  }
 }
 
 static void pack(const wane_op *op, uint32_t chunk) {
@@ -157,6 +166,13 @@ static void decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k
   }
 }
 
+/* Rows [n, n + count) (zeros up to a multiple of 32) of the low-rank product's factor [N, r], as decode_rows has W's. */
+static void added_rows(const wane_op *op, int64_t n, int64_t count, char *out, int64_t stride) {
+  int64_t r = op->i[WANE_LINEAR_RANK];
+  for (int64_t i = 0; i < round_up(count, 32); i++)
+    wane_split_row(i < count ? (const float *)op->p[WANE_LINEAR_X] + (n + i) * r : NULL, r, WANE_SPLIT_SECOND, out + i / 16 * stride + i % 16 * 64);
+}
+
 /* Two panels of 16 tokens of rows [n, n + 32) to y. c: four tiles. */
 static void put_tiles(const wane_linear_args *a, const float *c, int64_t m, int64_t n) {
   _Alignas(64) float turned[2][16][16], bias[32] = { 0 };
@@ -180,6 +196,14 @@ static void put_tiles(const wane_linear_args *a, const float *c, int64_t m, int6
  * 16-bit values what bytes does with nibbles. */
 typedef struct pairing { __m512 levels; __m512i bytes[4], shift, top, words[2]; } pairing;
 
+static void word_pairs(__m512i words[2]) {
+  for (int t = 0; t < 2; t++) {
+    int16_t index[32];
+    for (int i = 0; i < 32; i++) index[i] = (int16_t)(16 * t + i / 2 + (i % 2 ? 32 : 0));
+    words[t] = _mm512_loadu_si512(index);
+  }
+}
+
 static pairing pairing_of(const wane_qview *w) {
   pairing z = { .levels = levels_of(w) };
   int16_t shifts[32], tops[32];
@@ -191,11 +215,7 @@ static pairing pairing_of(const wane_qview *w) {
   for (int i = 0; i < 32; i++) shifts[i] = i / 2 % 2 ? 0 : 4, tops[i] = i % 2 ? 16 : 0;
   z.shift = _mm512_loadu_si512(shifts);
   z.top = _mm512_loadu_si512(tops);
-  for (int t = 0; t < 2; t++) {
-    int16_t index[32];
-    for (int i = 0; i < 32; i++) index[i] = (int16_t)(16 * t + i / 2 + (i % 2 ? 32 : 0));
-    z.words[t] = _mm512_loadu_si512(index);
-  }
+  word_pairs(z.words);
   return z;
 }
 
@@ -256,6 +276,29 @@ static void decode_columns(const wane_qview *w, int64_t k, int64_t columns, int6
     }
 }
 
+/* Columns [k, k + columns) of the low-rank product's factor [r, K], as decode_columns has W's. */
+static void added_columns(const wane_op *op, int64_t k, int64_t columns, char *out, int64_t stride) {
+  __m512i words[2];
+  int64_t r = op->i[WANE_LINEAR_RANK], K = op->n[11];
+  word_pairs(words);
+  for (int64_t s = 0; s < wane_split_tiles(r) * 32; s += 2)
+    for (int64_t j = 0; j < columns; j += 32) {
+      __m256i parts[2][2][2];                                                /* [of the two rows][half][hi, lo] */
+      __m512i row[2];
+      for (int64_t l = 0; l < 2; l++) {
+        int64_t at = s + l, lo = at >= 2 * r;
+        for (int64_t h = 0; h < 2; h++) {
+          int64_t from = k + j + 16 * h, left = at < 3 * r ? K - from : 0;
+          __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+          wane_split16(_mm512_maskz_loadu_ps(there, (const float *)op->p[WANE_LINEAR_X] + at % r * K + from), &parts[l][h][0], &parts[l][h][1]);
+        }
+        row[l] = _mm512_inserti64x4(_mm512_inserti64x4(_mm512_setzero_si512(), parts[l][0][lo], 0), parts[l][1][lo], 1);
+      }
+      for (int t = 0; t < 2; t++)
+        _mm512_storeu_si512(out + (j / 16 + t) * stride + s / 32 * TILE_BYTES + s % 32 / 2 * 64, _mm512_permutex2var_epi16(row[0], words[t], row[1]));
+    }
+}
+
 /* Four tiles, columns [k, k + 32) of dx's rows [m, m + 32): rows 0 to 15, columns 0 to 15 and 16 to 31; rows 16 to 31. */
 static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64_t k) {
   int64_t count = least(32, a->K - k);
@@ -270,12 +313,12 @@ static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64
 /* How a product is cut into units, by the shapes alone: `outs` outputs (rows of W; backward: its columns) of `rows` rows of x. All of W's share of
  * a unit lies in the scratch, or, beyond PHASE tiles, `phase` tiles at a time with the results kept between. Units are first as wide as the
  * scratch allows, because each block of outputs reads x anew, then made from fewer rows, at last from fewer outputs, so that there are some to share. */
-typedef struct cut { int64_t outs, phase, rows, blocks, slices; } cut;
+typedef struct cut { int64_t outs, phase, phased, rows, blocks, slices; } cut;
 
-static cut cut_of(int64_t M, int64_t outputs, int64_t width, int64_t grain) {
-  int64_t tiles = tiles_of(width), phases = (tiles + PHASE - 1) / PHASE, most, want, kept;
-  cut c = { .phase = phases == 1 ? tiles : round_up((tiles + phases - 1) / phases, PHASE_GRAIN) };
-  most = W_ROOM / TILE_BYTES / (c.phase + 1) / (grain / 16) * grain;
+static cut cut_of(int64_t M, int64_t outputs, int64_t tiles, int64_t added, int64_t grain) {
+  int64_t phases = (tiles + PHASE - 1) / PHASE, most, want, kept;
+  cut c = { .phase = phases == 1 ? tiles : round_up((tiles + phases - 1) / phases, PHASE_GRAIN), .phased = phases > 1 };
+  most = W_ROOM / TILE_BYTES / (c.phase + added + 1) / (grain / 16) * grain;
   c.blocks = (outputs + most - 1) / most;
   c.slices = least((UNITS_WANTED + c.blocks - 1) / c.blocks, M < UNIT_ROWS ? 1 : M / UNIT_ROWS);
   want = (UNITS_WANTED + c.slices - 1) / c.slices;
@@ -304,10 +347,10 @@ static void set_decoded(char *scratch, name now) {
 }
 
 /* A unit: rows [m0, m1) of x times the outputs from o on. w: W's tiles, pairs of rows of tiles `stride` bytes apart, of tiles [p, p + part). */
-WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t p, int64_t part,
-                             int back) {
-  int64_t tiles = tiles_of(back ? a->N : a->K), outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
-  int64_t run = run_of(part), phased = tiles > cut->phase;
+WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t tiles, int64_t p,
+                             int64_t part, int back) {
+  int64_t outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
+  int64_t run = run_of(part), phased = cut->phased;
   float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
   for (int64_t m = m0; m < m1; m += 32)
     for (int64_t k = 0; k < part; k += run) {
@@ -328,9 +371,9 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
 WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
-  int64_t width = back ? a.N : a.K, outputs = back ? a.K : a.N, tiles = tiles_of(width), lo, hi;
-  cut cut = cut_of(a.M, outputs, width, back ? BLOCK : 32);
-  int64_t stride = (cut.phase + 1) * TILE_BYTES;                           /* one more: powers of two would share few sets of a cache */
+  int64_t outputs = back ? a.K : a.N, tiles = tiles_of(back ? a.N : a.K), added = added_tiles(op), lo, hi;
+  cut cut = cut_of(a.M, outputs, tiles, added, back ? BLOCK : 32);
+  int64_t stride = (cut.phase + added + 1) * TILE_BYTES;                   /* one more: powers of two would share few sets of a cache */
   char *scratch = wane_scratch();
   float *scales = (float *)(void *)(scratch + W_ROOM + KEPT_ROOM);
   wane_op_range(op, chunk, cut.blocks * cut.slices, 1, &lo, &hi);
@@ -338,15 +381,17 @@ WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
   wane_tiles_on();
   for (int64_t u = lo; u < hi; u++) {
     int64_t o = u / cut.slices * cut.outs, m = u % cut.slices * cut.rows, count = least(cut.outs, outputs - o);
-    name name = { tiles > cut.phase ? 0 : op->n[WANE_LINEAR_ID], u / cut.slices };
+    name name = { cut.phased ? 0 : op->n[WANE_LINEAR_ID], u / cut.slices };
     for (int64_t p = 0; p < tiles; p += cut.phase) {
-      int64_t part = least(cut.phase, tiles - p);
+      int64_t part = least(cut.phase, tiles - p), more = p + part == tiles ? added : 0;
       if (!is_decoded(scratch, name)) {
         if (back) decode_columns(&w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
         else decode_rows(&w, o, count, p * 32, part * 32, scratch, stride, scales);
+        if (more && back) added_columns(op, o, round_up(count, BLOCK), scratch + part * TILE_BYTES, stride);
+        else if (more) added_rows(op, o, count, scratch + part * TILE_BYTES, stride);
         set_decoded(scratch, name);
       }
-      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), p, part, back);
+      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), tiles + added, p, part + more, back);
     }
   }
   wane_tiles_off();
@@ -361,6 +406,7 @@ static void back(const wane_op *op, uint32_t chunk) {
 }
 
 void wane_linear_register_amx(wane_backend *b) {
+  b->ops[WANE_OP_LINEAR_ADDS] = many;
   for (int group = 0; group < WANE_GROUPS; group++) {
     if (!b->ops[WANE_OP_LINEAR_BACK + group]) continue;                     /* LLM_INT8 has tiles of its own */
     b->ops[WANE_OP_LINEAR_PACK + group] = pack;

@@ -33,6 +33,8 @@ typedef struct product {
   int compute, group, by_row;
   float threshold;
   void *work;
+  const float *u, *factor;               /* a low-rank product beside it: see WANE_LINEAR_RANK */
+  int64_t rank;
 } product;
 
 /* Fills a fresh record with everything that all ops of a product share. rows [m0, m0 + rows) of x and y. */
@@ -72,10 +74,18 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
   }
   op = product_op(s, p, prepare, m0, rows);
   op->i[WANE_LINEAR_ALONE] = alone;
+  if (p->rank) {
+    op->i[WANE_LINEAR_RANK] = (int32_t)p->rank;
+    op->p[WANE_LINEAR_BIAS] = (void *)(p->u + m0 * p->rank);
+  }
   op->nchunks = prepare == WANE_OP_LINEAR_PREPARE ? at_most(wane_chunks(values, 1 << 14), rows) : at_most(wane_chunks(values, 1 << 15), (rows + 31) / 32);
   if (alone) op->nchunks = 1;
   wane_op_push(s, op, NULL, NULL);
   op = product_op(s, p, multiply, m0, rows);
+  if (p->rank) {
+    op->i[WANE_LINEAR_RANK] = (int32_t)p->rank;
+    op->p[WANE_LINEAR_X] = (void *)p->factor;
+  }
   if (multiply == WANE_OP_LINEAR_ROWS) op->nchunks = at_most(wane_chunks(weights * ((rows + 3) / 4), 1 << 16), p->out);
   else if (multiply == WANE_OP_LINEAR_MANY) op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 23) / 24 * ((rows + 127) / 128));
   else op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 63) / 64 * ((rows + 127) / 128));
@@ -138,7 +148,29 @@ static int check_compute(int compute) {
   return WANE_OK;
 }
 
-int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *w, const wane_handle *bias, int compute, float threshold) {
+/* A low-rank product beside one: handles of u [M, r] and of its other factor, [out, r] or, `turned`, [r, out]. */
+typedef struct beside {
+  const wane_handle *u, *factor;
+  int turned;
+} beside;
+
+/* Takes it, where the kernels can. WANE_E_UNSUPPORTED without a message: they cannot. */
+static int take_beside(wane_stream *s, product *p, const beside *a, int rows) {
+  wane_tensor *u = wane_use(s, a->u, "u"), *factor = u ? wane_use(s, a->factor, a->turned ? "A" : "B") : NULL;
+  if (!factor) return WANE_E_STALE;
+  if (u->dtype != WANE_F32 || factor->dtype != WANE_F32 || u->ndim != 2 || factor->ndim != 2 || u->shape[0] != p->M ||
+      factor->shape[a->turned ? 0 : 1] != u->shape[1] || factor->shape[a->turned ? 1 : 0] != p->out)
+    return wane_fail(WANE_E_SHAPE, "linear_lora: %s %s and u %s do not belong to a product of %lld rows with %lld outputs", a->turned ? "A" : "B",
+                     wane_shape_text(factor), wane_shape_text(u), (long long)p->M, (long long)p->out);
+  if (rows || p->compute == WANE_COMPUTE_F32 || p->group == WANE_GROUP_LLM_INT8 || u->shape[1] > 128 || p->width == 0 || !wane_is_contiguous(u) ||
+      !wane_is_contiguous(factor) || !wane_cpu_backend()->ops[WANE_OP_LINEAR_ADDS]) return WANE_E_UNSUPPORTED;
+  p->u = (const float *)(const void *)u->data; p->factor = (const float *)(const void *)factor->data; p->rank = u->shape[1];
+  return WANE_OK;
+}
+
+/* The forward product; *added: whether what is `beside` it was added (NULL: there is nothing). */
+static int forward(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *w, const wane_handle *bias, int compute, float threshold,
+                   const beside *beside, int *added) {
   product p = { .compute = compute & ~WANE_COMPUTE_INVARIANT, .threshold = threshold };
   wane_handle xhold = { 0 }, whold = { 0 }, bhold = { 0 };
   int rows, status = wane_enter(s);
@@ -159,7 +191,12 @@ int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane
   if (status == WANE_OK) status = operands(s, &p, x, "x", &xhold, y);
   if (status == WANE_OK) {
     rows = p.M <= WANE_LINEAR_FEW || (compute & WANE_COMPUTE_INVARIANT);
-    status = product_run(s, &p, rows ? WANE_OP_LINEAR_PREPARE : WANE_OP_LINEAR_PACK, rows ? WANE_OP_LINEAR_ROWS : WANE_OP_LINEAR_MANY);
+    if (beside) {
+      status = take_beside(s, &p, beside, rows);
+      *added = status == WANE_OK;
+      if (status == WANE_E_UNSUPPORTED) status = WANE_OK;
+    }
+    if (status == WANE_OK) status = product_run(s, &p, rows ? WANE_OP_LINEAR_PREPARE : WANE_OP_LINEAR_PACK, rows ? WANE_OP_LINEAR_ROWS : WANE_OP_LINEAR_MANY);
     if (status != WANE_OK) wane_tensor_free(y);
   }
   wane_tensor_free(&bhold);
@@ -168,7 +205,8 @@ int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane
   return status;
 }
 
-int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute) {
+/* The gradient of x; `beside`, `added` as above. */
+static int backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute, const beside *beside, int *added) {
   product p = { .compute = compute & ~WANE_COMPUTE_INVARIANT, .threshold = -1 };
   wane_handle xhold = { 0 }, whold = { 0 };
   int status = wane_enter(s);
@@ -178,10 +216,55 @@ int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy,
   p.width = p.w.rows, p.out = p.w.cols;
   status = operands(s, &p, dy, "dy", &xhold, dx);
   if (status == WANE_OK) {
-    status = product_run(s, &p, WANE_OP_LINEAR_BACK_PACK, WANE_OP_LINEAR_BACK);
+    if (beside) {
+      status = take_beside(s, &p, beside, 0);
+      *added = status == WANE_OK;
+      if (status == WANE_E_UNSUPPORTED) status = WANE_OK;
+    }
+    if (status == WANE_OK) status = product_run(s, &p, WANE_OP_LINEAR_BACK_PACK, WANE_OP_LINEAR_BACK);
     if (status != WANE_OK) wane_tensor_free(dx);
   }
   wane_tensor_free(&xhold);
   wane_tensor_free(&whold);
   return status;
+}
+
+int wane_linear(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *w, const wane_handle *bias, int compute, float threshold) {
+  return forward(s, y, x, w, bias, compute, threshold, NULL, NULL);
+}
+
+int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute) {
+  return backward(s, dx, dy, w, compute, NULL, NULL);
+}
+
+/* ---------------------------------------------------------------- with an adapter */
+
+int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
+                     const wane_handle *B, const wane_lora_options *o, int compute, float threshold) {
+  wane_handle made[2] = { { NULL, 0, 0 } };
+  int added = 0, status = wane_lora_down(s, &made[1], x, A, o->scale, o->p, o->seed, o->offset);
+  if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0 }, &added);
+  if (status == WANE_OK && !added) status = wane_lora_up(s, &made[0], &made[1], B);
+  if (status != WANE_OK) {
+    for (int i = 0; i < 2; i++) if (made[i].t) wane_tensor_free(&made[i]);
+    return status;
+  }
+  *y = made[0]; *u = made[1];
+  return WANE_OK;
+}
+
+int wane_linear_lora_backward(wane_stream *s, wane_handle *dx, wane_handle *dA, wane_handle *dB, const wane_handle *dy, const wane_handle *x, const wane_handle *u,
+                              const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *o, int compute) {
+  wane_handle made[4] = { { NULL, 0, 0 } };                                /* dx, dA, dB, du */
+  int added = 0, status = wane_lora_up_backward(s, &made[3], &made[2], dy, u, B, o->scale);
+  if (status == WANE_OK && dx) status = backward(s, &made[0], dy, w, compute, o->p == 0 ? &(beside){ &made[3], A, 1 } : NULL, &added);
+  if (status == WANE_OK) status = wane_lora_down_backward(s, dx && !added ? &made[0] : NULL, &made[1], &made[3], x, A, o->p, o->seed, o->offset);
+  if (made[3].t) wane_tensor_free(&made[3]);
+  if (status != WANE_OK) {
+    for (int i = 0; i < 3; i++) if (made[i].t) wane_tensor_free(&made[i]);
+    return status;
+  }
+  if (dx) *dx = made[0];
+  *dA = made[1]; *dB = made[2];
+  return WANE_OK;
 }

@@ -41,7 +41,8 @@ enum {
   WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, W -> dx;       chunks over k */
   WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48,      /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
   WANE_OP_LINEAR_EXPERTS_PREPARE = WANE_OP_LINEAR + 56, /* PREPARE or PACK of each expert's rows: experts.c */
-  WANE_OP_LINEAR_EXPERTS = WANE_OP_LINEAR + 57    /* ROWS or MANY of each expert's rows */
+  WANE_OP_LINEAR_EXPERTS = WANE_OP_LINEAR + 57,   /* ROWS or MANY of each expert's rows */
+  WANE_OP_LINEAR_ADDS = WANE_OP_LINEAR + 58       /* never enqueued: there where MANY and BACK can add a low-rank product */
 };
 
 /* The record of all of them. The weight is wane_qview_load(op) (pointers 4..9, sizes 10 and 11, integers 14 and 15). */
@@ -57,6 +58,8 @@ enum {
   WANE_LINEAR_COMPUTE = 2,   /* WANE_COMPUTE_F32 … _FAST, without the invariant bit */
   WANE_LINEAR_BY_ROW = 3,    /* LLM_INT8: 1 takes outlier columns a row at a time (WANE_COMPUTE_INVARIANT) */
   WANE_LINEAR_ALONE = 4,     /* LLM_INT8, preparing ops: 1 if no SCAN ran before */
+  WANE_LINEAR_RANK = 5,      /* r > 0: y += u B too (BACK: dx += du A). Preparing ops have u f32 [M, r] where the bias is, MANY and BACK B [N, r] or A [r, K]
+                              * where x is. Only where WANE_OP_LINEAR_ADDS is, not for LLM_INT8, not with WANE_COMPUTE_F32 */
   WANE_LINEAR_THRESHOLD = 0  /* f */
 };
 

@@ -57,26 +57,45 @@ function F.linear(x, weight, bias, compute, threshold)
   end)
 end
 
+local lora_options = ffi.new "wane_lora_options"
+local function options_of(part, seed)
+  lora_options.scale, lora_options.p, lora_options.seed, lora_options.offset = part.scale, seed and part.dropout or 0, seed or 0, 0
+  return lora_options
+end
+
 --- A frozen product with low-rank adapters beside it, as one op: y = x · Wᵀ + bias + sum over the parts of s·B (A drop(x)); see
--- wane_lora_down and wane_lora_up. What is kept for backward are the narrow results of A alone.
+--- wane_linear_lora, which takes the first part; the others are added. What is kept for backward are the narrow results of A alone.
 -- @param parts table[] { A [r, K], B [N, r], scale, dropout }
 function F.linear_lora(x, weight, bias, parts, compute, threshold)
-  local y = one(C.wane_linear, x.h, weight.h, h(bias), compute, threshold or -1)
-  local inputs, narrow, seeds = { x, n = 1 + 2 * #parts }, {}, {}
+  local inputs, narrow, seeds, y = { x, n = 1 + 2 * #parts }, {}, {}
   for i, part in ipairs(parts) do
     inputs[2 * i], inputs[2 * i + 1] = part.A, part.B
     seeds[i] = autograd.dropping and (part.dropout or 0) > 0 and autograd.next_seed() or nil
-    narrow[i] = one(C.wane_lora_down, x.h, part.A.h, part.scale, seeds[i] and part.dropout or 0, seeds[i] or 0, 0)
-    check(C.wane_lora_up(stream(), y.h, narrow[i].h, part.B.h))
+    local u, o = handle(), options_of(part, seeds[i])
+    if i == 1 then
+      y = handle()
+      check(C.wane_linear_lora(stream(), y, u, x.h, weight.h, h(bias), part.A.h, part.B.h, o, compute, threshold or -1))
+      y, narrow[1] = wrap(y), wrap(u)
+    else
+      check(C.wane_lora_down(stream(), u, x.h, part.A.h, o.scale, o.p, o.seed, o.offset))
+      narrow[i] = wrap(u)
+      check(C.wane_lora_up(stream(), y.h, u, part.B.h))
+    end
   end
   if not autograd.recording then return y end
   return push("linear_lora", y, inputs, function(dy)
-    local grads = { needs(x) and one(C.wane_linear_backward, dy.h, weight.h, compute) or nil }
+    local grads = {}
     for i, part in ipairs(parts) do
-      local du, dA, dB = handle(), handle(), handle()
-      check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, part.scale))
-      check(C.wane_lora_down_backward(stream(), h(grads[1]), dA, du, x.h, part.A.h, seeds[i] and part.dropout or 0, seeds[i] or 0, 0))
-      wrap(du)
+      local dx, dA, dB, o = needs(x) and handle() or nil, handle(), handle(), options_of(part, seeds[i])
+      if i == 1 then
+        check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute))
+        grads[1] = dx and wrap(dx) or nil
+      else
+        local du = handle()
+        check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, o.scale))
+        check(C.wane_lora_down_backward(stream(), h(grads[1]), dA, du, x.h, part.A.h, o.p, o.seed, o.offset))
+        wrap(du)
+      end
       grads[2 * i], grads[2 * i + 1] = wrap(dA), wrap(dB)
     end
     return unpack(grads, 1, inputs.n)
