@@ -312,7 +312,8 @@ static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64
 
 /* How a product is cut into units, by the shapes alone: `outs` outputs (rows of W; backward: its columns) of `rows` rows of x. All of W's share of
  * a unit lies in the scratch, or, beyond PHASE tiles, `phase` tiles at a time with the results kept between. Units are first as wide as the
- * scratch allows, because each block of outputs reads x anew, then made from fewer rows, at last from fewer outputs, so that there are some to share. */
+ * scratch allows, because each block of outputs reads x anew, then made from fewer rows (not in phases, where each slice of rows would decode W anew),
+ * at last from fewer outputs, so that there are some to share. */
 typedef struct cut { int64_t outs, phase, phased, rows, blocks, slices; } cut;
 
 static cut cut_of(int64_t M, int64_t outputs, int64_t tiles, int64_t added, int64_t grain) {
@@ -320,7 +321,7 @@ static cut cut_of(int64_t M, int64_t outputs, int64_t tiles, int64_t added, int6
   cut c = { .phase = phases == 1 ? tiles : round_up((tiles + phases - 1) / phases, PHASE_GRAIN), .phased = phases > 1 };
   most = W_ROOM / TILE_BYTES / (c.phase + added + 1) / (grain / 16) * grain;
   c.blocks = (outputs + most - 1) / most;
-  c.slices = least((UNITS_WANTED + c.blocks - 1) / c.blocks, M < UNIT_ROWS ? 1 : M / UNIT_ROWS);
+  c.slices = c.phased ? 1 : least((UNITS_WANTED + c.blocks - 1) / c.blocks, M < UNIT_ROWS ? 1 : M / UNIT_ROWS);
   want = (UNITS_WANTED + c.slices - 1) / c.slices;
   if (c.blocks < want) c.blocks = want;
   c.outs = round_up((outputs + c.blocks - 1) / c.blocks, grain);

@@ -62,24 +62,33 @@ VEC float row_max(const void *x, int64_t at, int64_t n, const int dtype) {
   return best;
 }
 
-/* sum of e^(x[i] - max). */
-VEC double row_exp_sum(const void *x, int64_t at, int64_t n, float max, const int dtype) {
+/* sum of e^(x[i] - max); the terms go to `keep` unless it is NULL. */
+VEC double row_exp_sum_keep(const void *x, int64_t at, int64_t n, float max, float *keep, const int dtype) {
   vf m = vf_set1(max);
   double sum = 0.0;
   for (int64_t j = 0; j < n; j += EXP_BLOCK) {
     int64_t end = j + EXP_BLOCK < n ? j + EXP_BLOCK : n, i = j;
     vf s[2] = { vf_zero(), vf_zero() };
     for (; i + 2 * VW <= end; i += 2 * VW)
-      for (int k = 0; k < 2; k++) s[k] = vf_add(s[k], vec_exp(vf_sub(vf_get(x, dtype, at + i + k * VW), m)));
+      for (int k = 0; k < 2; k++) {
+        vf e = vec_exp(vf_sub(vf_get(x, dtype, at + i + k * VW), m));
+        s[k] = vf_add(s[k], e);
+        if (keep) vf_store(keep + i + k * VW, e);
+      }
     sum += (double)vf_sum(vf_add(s[0], s[1]));
     for (; i < end; i += VW) {
       float lanes[VW];
       vf_store(lanes, vec_exp(vf_sub(vf_get_n(x, dtype, at + i, vec_left(i, end)), m)));
-      for (int k = 0; k < vec_left(i, end); k++) sum += (double)lanes[k];
+      for (int k = 0; k < vec_left(i, end); k++) {
+        sum += (double)lanes[k];
+        if (keep) keep[i + k] = lanes[k];
+      }
     }
   }
   return sum;
 }
+
+VEC double row_exp_sum(const void *x, int64_t at, int64_t n, float max, const int dtype) { return row_exp_sum_keep(x, at, n, max, NULL, dtype); }
 
 /* ---------------------------------------------------------------- norms
  * RMS_NORM, LAYER_NORM: p 0 out, 1 x, 2 weight or NULL, 3 bias or NULL; n 0 rows, 1 C; i 0 dtype of x and out, 1 weight's, 2 bias's;
@@ -122,32 +131,44 @@ static void VEC_NAME(wane_nn_layer_norm)(const wane_op *op, uint32_t chunk) {
  * 1 C; i 0 dtype of x and dx, 1 weight's, 2 dy's, 3 phase, 4 centred; f 0, d 0 as above.
  * Phase 0, chunks of rows: statistics and dx. Phase 1, chunks of columns: dweight and dbias, each a sum in the order of the rows. */
 
-static void norm_backward_rows(const wane_op *op, int64_t lo, int64_t hi) {
-  int64_t C = op->n[1];
+/* g = dy (weight + offset) and z, the normalised x, of n <= VW elements from i on. */
+VEC void norm_terms(const wane_op *op, int64_t at, int64_t i, int n, vf mean, vf scale, vf *g, vf *z, const int dtype, const int dy_dtype, const int w_dtype) {
+  *g = vf_get_n(op->p[1], dy_dtype, at + i, n);
+  if (op->p[3]) *g = vf_mul(*g, vf_add(vf_get_n(op->p[3], w_dtype, i, n), vf_set1(op->f[0])));
+  *z = vf_mul(vf_sub(vf_get_n(op->p[2], dtype, at + i, n), mean), scale);
+}
+
+/* Rows of dx; constant dtypes leave one kind of load. */
+VEC void norm_backward_as(const wane_op *op, int64_t lo, int64_t hi, const int dtype, const int dy_dtype, const int w_dtype) {
+  int64_t C = op->n[1], whole = C / VW * VW;
   float *statistics = op->p[5];
-  const void *dy = op->p[1], *x = op->p[2], *w = op->p[3];
-  vf offset = vf_set1(op->f[0]), one = vf_set1(1.0f);
   for (int64_t r = lo; r < hi; r++) {
     float mean = 0, scale = 0;
-    WITH_DTYPE(op->i[0], row_statistics, x, r * C, C, op->d[0], op->i[4], &mean, &scale);
+    int64_t at = r * C;
+    row_statistics(op->p[2], at, C, op->d[0], op->i[4], &mean, &scale, dtype);
     statistics[2 * r] = mean;
     statistics[2 * r + 1] = scale;
-    vf m = vf_set1(mean), k = vf_set1(scale), sum = vf_zero(), dot = vf_zero();
-    for (int pass = 0; pass < 2; pass++) {
-      vf mean_g = vf_set1(op->i[4] ? vf_sum(sum) / (float)C : 0.0f), mean_gz = vf_set1(vf_sum(dot) / (float)C);
-      for (int64_t i = 0; i < C; i += VW) {
-        int n = vec_left(i, C);
-        vf g = vf_mul(vf_get_n(dy, op->i[2], r * C + i, n), w ? vf_add(vf_get_n(w, op->i[1], i, n), offset) : one);
-        vf z = vf_mul(vf_sub(vf_get_n(x, op->i[0], r * C + i, n), m), k);
-        if (pass == 0) {                              /* lanes beyond n hold dy = 0 */
-          sum = vf_add(sum, g);
-          dot = vf_fma(g, z, dot);
-        } else {
-          vf_put_n(op->p[0], op->i[0], r * C + i, vf_mul(k, vf_sub(vf_sub(g, mean_g), vf_mul(z, mean_gz))), n);
-        }
-      }
+    vf m = vf_set1(mean), k = vf_set1(scale), sum = vf_zero(), dot = vf_zero(), g, z;
+    for (int64_t i = 0; i < C; i += VW) {             /* lanes beyond the end hold dy = 0 */
+      norm_terms(op, at, i, i < whole ? VW : (int)(C - whole), m, k, &g, &z, dtype, dy_dtype, w_dtype);
+      sum = vf_add(sum, g);
+      dot = vf_fma(g, z, dot);
+    }
+    vf mean_g = vf_set1(op->i[4] ? vf_sum(sum) / (float)C : 0.0f), mean_gz = vf_set1(vf_sum(dot) / (float)C);
+    for (int64_t i = 0; i < C; i += VW) {
+      int n = i < whole ? VW : (int)(C - whole);
+      norm_terms(op, at, i, n, m, k, &g, &z, dtype, dy_dtype, w_dtype);
+      vf_put_n(op->p[0], dtype, at + i, vf_mul(k, vf_sub(vf_sub(g, mean_g), vf_mul(z, mean_gz))), n);
     }
   }
+}
+
+static void norm_backward_rows(const wane_op *op, int64_t lo, int64_t hi) {
+  int dtype = op->i[0], same = op->i[2] == dtype, weight = op->p[3] ? op->i[1] : WANE_F32;
+  if (same && dtype == WANE_BF16 && weight == WANE_F32) norm_backward_as(op, lo, hi, WANE_BF16, WANE_BF16, WANE_F32);
+  else if (same && dtype == WANE_BF16 && weight == WANE_BF16) norm_backward_as(op, lo, hi, WANE_BF16, WANE_BF16, WANE_BF16);
+  else if (same && dtype == WANE_F32 && weight == WANE_F32) norm_backward_as(op, lo, hi, WANE_F32, WANE_F32, WANE_F32);
+  else norm_backward_as(op, lo, hi, dtype, op->i[2], weight);
 }
 
 static void norm_backward_columns(const wane_op *op, int64_t lo, int64_t hi) {
@@ -257,20 +278,18 @@ VEC void nll_backward_rows(const wane_op *op, int64_t lo, int64_t hi, int dtype,
       continue;
     }
     float max = row_max(op->p[1], r * V, V, dtype);
-    double sum = row_exp_sum(op->p[1], r * V, V, max, dtype);
+    float *terms = V * 4 <= WANE_SCRATCH ? wane_scratch() : NULL;         /* kept, so that they are computed once */
+    double sum = terms ? row_exp_sum_keep(op->p[1], r * V, V, max, terms, dtype) : row_exp_sum(op->p[1], r * V, V, max, dtype);
     if (nll) nll[r] = (float)(log(sum) + (double)max - (double)wane_float_at(op->p[1], dtype, r * V + label));
-    vf m = vf_set1(max), scale = vf_set1((float)((double)factor / sum));
+    float share = (float)((double)factor / sum);
+    vf m = vf_set1(max), scale = vf_set1(share);
     for (int64_t i = 0; i < V; i += VW) {
       int n = vec_left(i, V);
-      float lanes[VW];
-      vf v = vf_mul(vec_exp(vf_sub(vf_get_n(op->p[1], dtype, r * V + i, n), m)), scale);
-      if (label >= i && label < i + n) {
-        vf_store(lanes, v);
-        lanes[label - i] -= factor;
-        v = vf_load(lanes);
-      }
-      vf_put_n(op->p[0], out, r * V + i, v, n);
+      vf e = terms ? vf_get_n(terms, WANE_F32, i, n) : vec_exp(vf_sub(vf_get_n(op->p[1], dtype, r * V + i, n), m));
+      vf_put_n(op->p[0], out, r * V + i, vf_mul(e, scale), n);
     }
+    float own = terms ? terms[label] : expf(wane_float_at(op->p[1], dtype, r * V + label) - max);
+    wane_float_put(op->p[0], out, r * V + label, own * share - factor);
   }
 }
 

@@ -7,7 +7,8 @@
 #define WANE_VEC_MATH_H
 #include "vec.h"
 
-/* e^x. x = n ln2 + r, |r| <= ln2/2; 2^n is applied in two factors so that the ends of the range round once. */
+/* e^x. x = n ln2 + r, |r| <= ln2/2; 2^n is applied in two factors so that the ends of the range round once, or by
+ * the instruction that does so. */
 VEC vf vec_exp(vf x) {
   x = vf_min(vf_set1(89.0f), vf_max(vf_set1(-104.0f), x));
   vi n = vi_from_float(vf_mul(x, vf_set1(1.44269504f)));
@@ -20,9 +21,13 @@ VEC vf vec_exp(vf x) {
   p = vf_fma(p, r, vf_set1(1.666666676e-01f));
   p = vf_fma(p, r, vf_set1(5.000000082e-01f));
   p = vf_add(vf_fma(p, vf_mul(r, r), r), vf_set1(1.0f));
+#if defined(WANE_VEC) && WANE_VEC == 512 && !defined(WANE_EMULATE)
+  return _mm512_scalef_ps(p, k);
+#else
   vi half = vi_sra(n, 1), rest = vi_sub(n, half);
   p = vf_mul(p, vf_bits(vi_sll(vi_add(half, vi_set1(127)), 23)));
   return vf_mul(p, vf_bits(vi_sll(vi_add(rest, vi_set1(127)), 23)));
+#endif
 }
 
 /* 2^x for x <= 0, results below 2^-126 flushed to 0: the attention's exponential, cheaper by half. NaN gives NaN. */
