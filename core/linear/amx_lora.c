@@ -1,7 +1,8 @@
 /* amx_lora.c: the low-rank products (lora.h) of bf16 x and y with AMX bf16 tiles.
  *
  * x and y are bf16 as they are. What is f32, W and u, is split in two (amx_split.h): u stacked as [hi | lo | hi] against W as [hi | hi | lo] for y;
- * [hi | lo] of W or u against x for u and dW, added up afterwards.
+ * [hi | lo] of W or u against x for u and dW, added up afterwards. Rows of x are read in one piece and once: GRADIENT makes u of a part of the rows
+ * and that part's share of dW, SUM adds the shares up.
  * Other dtypes, dropout and large ranks go to the kernels with vectors. */
 #define WANE_VEC 512
 #include "amx_split.h"
@@ -13,9 +14,9 @@
 enum {
   RANK = WANE_SPLIT_RANK,
   STRIP = 256,                             /* columns that COLUMNS takes at once */
-  ROWS = 256,                              /* rows that it takes at once */
+  ROWS = 128,                              /* rows that it and GRADIENT take at once */
   W_ROOM = 512 << 10,                      /* W's tiles in ROWS */
-  FAR = 96, NEAR = 12,                     /* rows ahead that are fetched into the second-level cache, into the first */
+  NEAR = 12,                               /* rows ahead that are fetched */
   BESIDE = 256                             /* floats of a tile */
 };
 
@@ -60,6 +61,20 @@ VEC void product(const char *a0, const char *a1, int64_t a_row, int64_t a_step, 
   if (two) { _tile_stored(1, (char *)c + (c_row == 64 ? TILE_BYTES : 64), c_row); _tile_stored(3, (char *)(c + c_down) + (c_row == 64 ? TILE_BYTES : 64), c_row); }
 }
 
+/* c (two tiles) (+)= `steps` products of a's tiles with pairs of tiles at b. */
+static void product_single(const char *a, const char *b, int64_t steps, float *c, int add) {
+  _tile_zero(0); _tile_zero(1);
+  if (add) { _tile_loadd(0, c, 64); _tile_loadd(1, c + BESIDE, 64); }
+  for (int64_t i = 0; i < steps; i++, a += TILE_BYTES, b += 2 * TILE_BYTES) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + TILE_BYTES, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, c, 64); _tile_stored(1, c + BESIDE, 64);
+}
+
 /* ================================================================ along rows */
 
 /* W's parts, columns [c, c + n), as second operands: tiles [n / 32][tiles] of [pair of columns][16 of hi | lo][2]. */
@@ -71,7 +86,11 @@ static void rows_pack(const wane_op *op, int64_t c, int64_t n, int64_t tiles, ch
     for (int64_t j = 0; j < r; j++)
       for (int64_t h = 0; h < 2 && k + 16 * h < n; h++) {
         uint16_t parts[2][16];
-        split(vf_load_n(w + j * C + c + k + 16 * h, vec_left(k + 16 * h, n)), parts[0], parts[1]);
+        int64_t at = c + k + 16 * h;
+        int left = vec_left(k + 16 * h, n);
+        float turned[16] = { 0 };
+        if (op->i[WANE_LORA_TURNED]) for (int l = 0; l < left; l++) turned[l] = w[(at + l) * r + j];
+        split(op->i[WANE_LORA_TURNED] ? vf_load(turned) : vf_load_n(w + j * C + at, left), parts[0], parts[1]);
         memcpy(out + j / 16 * TILE_BYTES + j % 16 * 64 + 32 * h, parts[0], 32);
         memcpy(out + (j + r) / 16 * TILE_BYTES + (j + r) % 16 * 64 + 32 * h, parts[1], 32);
       }
@@ -97,18 +116,12 @@ static void rows_panel(const wane_op *op, const char *w, int64_t tiles, int64_t 
     product(a, a + 16 * row, row, 64, w + (tiles - 1) * TILE_BYTES, w, tiles * TILE_BYTES, steps, sums + (tiles - 1) * 16, 16 * wide, wide * 4, c > 0, 0);
 }
 
-static void rows(const wane_op *op, uint32_t chunk) {
-  int64_t C = op->n[WANE_LORA_C], r = op->n[WANE_LORA_R], tiles = (2 * r + 15) / 16, piece = least(up(C, 32), W_ROOM / TILE_BYTES / tiles * 32), lo, hi;
+/* u = scale x W^T of rows [lo, hi), to `out`. */
+static void rows_range(const wane_op *op, int64_t lo, int64_t hi, float *out) {
+  int64_t C = op->n[WANE_LORA_C], r = op->n[WANE_LORA_R], tiles = (2 * r + 15) / 16, piece = least(up(C, 32), W_ROOM / TILE_BYTES / tiles * 32);
   char *w = wane_scratch(), *spare = w + W_ROOM;                           /* spare: 32 rows of a piece: as much as W's tiles at most, for each of them 2 */
   float *sums = (float *)(void *)(spare + 2 * W_ROOM);
-  if (op->i[WANE_LORA_DTYPE] != WANE_BF16 || op->f[WANE_LORA_THRESHOLD] != 0 || C == 0 || r > RANK) {
-    vectors_rows(op, chunk);
-    return;
-  }
-  wane_op_range(op, chunk, op->n[WANE_LORA_M], 32, &lo, &hi);
-  if (lo == hi) return;
   if (piece >= C) rows_pack(op, 0, C, tiles, w);
-  wane_tiles_on();
   for (int64_t m = lo; m < hi; m += 32) {
     for (int64_t c = 0; c < C; c += piece) {
       if (piece < C) rows_pack(op, c, least(piece, C - c), tiles, w);
@@ -117,124 +130,128 @@ static void rows(const wane_op *op, uint32_t chunk) {
     vf scale = vf_set1(op->f[WANE_LORA_SCALE]);
     for (int64_t i = 0; i < least(32, hi - m); i++) {
       const float *s = sums + i * tiles * 16;
-      float *u = (float *)op->p[WANE_LORA_U] + (m + i) * r;
+      float *u = out + (m + i) * r;
       for (int64_t j = 0; j < r; j += VW) {
         int left = vec_left(j, r);
         vf_store_n(u + j, vf_mul(vf_add(vf_load_n(s + j, left), vf_load_n(s + r + j, left)), scale), left);
       }
     }
   }
-  wane_tiles_off();
 }
 _Static_assert(3 * W_ROOM + 32 * 2 * RANK * 4 <= WANE_SCRATCH, "W's tiles, a panel of x and its sums fit into the scratch memory");
 
-/* ================================================================ down columns */
+static void rows(const wane_op *op, uint32_t chunk) {
+  int64_t lo, hi;
+  if (op->i[WANE_LORA_DTYPE] != WANE_BF16 || op->f[WANE_LORA_THRESHOLD] != 0 || op->n[WANE_LORA_C] == 0 || op->n[WANE_LORA_R] > RANK) {
+    vectors_rows(op, chunk);
+    return;
+  }
+  wane_op_range(op, chunk, op->n[WANE_LORA_M], 32, &lo, &hi);
+  if (lo == hi) return;
+  wane_tiles_on();
+  rows_range(op, lo, hi, op->p[WANE_LORA_U]);
+  wane_tiles_off();
+}
 
-/* A strip of columns [c, c + width) and a block of rows [m, m + rows). Tiles: u [rows / 16][S], ut [Q][rows / 32], w [S][width / 16], x [rows / 32][2],
- * the sums for dW [width / 32][Q, even][2]; W's values and parts are rows STRIP apart, parts being hi, lo and a row of zeros. */
-typedef struct strip {
-  const wane_op *op;
-  int64_t r, S, Q, c, width, m, rows;
-  char *u, *ut, *w, *x;
-  float *y, *dw, *values;
-  uint16_t *parts;
+/* ================================================================ blocks of rows of u */
+
+/* Rows [m, m + rows) of u as tiles [ROWS / 16][S], and turned as [Q][ROWS / 32]. */
+typedef struct block {
+  int64_t r, S, Q, m, rows;
+  char *u, *ut;
   __m512i halves[2], eights[4];
-} strip;
+} block;
 enum { DEEP = (3 * RANK + 31) / 32, HIGH = 2 * RANK / 16 };
-_Static_assert((ROWS / 16 * DEEP + HIGH * ROWS / 32 + DEEP * STRIP / 16 + ROWS / 32 * 2 + 4 + HIGH * STRIP / 16) * TILE_BYTES + RANK * STRIP * 4 + (2 * RANK + 1) * STRIP * 2 <= WANE_SCRATCH,
-               "a strip and a block of rows fit into the scratch memory");
 
-static void strip_open(strip *t, const wane_op *op) {
-  char *at = wane_scratch();
+/* Takes its part of the scratch memory from `at` on; returns where the rest begins. */
+static char *block_open(block *b, const wane_op *op, char *at) {
   int16_t index[6][32];
-  t->op = op;
-  t->r = op->n[WANE_LORA_R]; t->S = wane_split_tiles(t->r); t->Q = (2 * t->r + 15) / 16;
-  t->u = at; at += ROWS / 16 * t->S * TILE_BYTES;
-  t->ut = at; at += t->Q * ROWS / 32 * TILE_BYTES;
-  t->w = at; at += t->S * STRIP / 16 * TILE_BYTES;
-  t->x = at; at += ROWS / 32 * 2 * TILE_BYTES;
-  t->y = (float *)(void *)at; at += 4 * TILE_BYTES;
-  t->dw = (float *)(void *)at; at += (t->Q + t->Q % 2) * STRIP / 16 * TILE_BYTES;
-  t->values = (float *)(void *)at; at += t->r * STRIP * 4;
-  t->parts = (uint16_t *)(void *)at;
+  b->r = op->n[WANE_LORA_R]; b->S = wane_split_tiles(b->r); b->Q = (2 * b->r + 15) / 16;
+  b->u = at; at += ROWS / 16 * b->S * TILE_BYTES;
+  b->ut = at; at += b->Q * ROWS / 32 * TILE_BYTES;
   for (int i = 0; i < 32; i++) {
     for (int h = 0; h < 2; h++) index[h][i] = (int16_t)(16 * h + i / 2 + (i % 2 ? 32 : 0));
     for (int k = 0; k < 4; k++) index[2 + k][i] = (int16_t)(8 * k + i % 8 + (i / 8 == 1 ? 32 : 0));
   }
-  for (int h = 0; h < 2; h++) t->halves[h] = _mm512_loadu_si512(index[h]);
-  for (int k = 0; k < 4; k++) t->eights[k] = _mm512_loadu_si512(index[2 + k]);
+  for (int h = 0; h < 2; h++) b->halves[h] = _mm512_loadu_si512(index[h]);
+  for (int k = 0; k < 4; k++) b->eights[k] = _mm512_loadu_si512(index[2 + k]);
+  return at;
 }
 
 /* Four rows of u of rank 8 at once: each [hi | lo | hi | 0]. */
-VEC void four_rows(const strip *t, const float *u, char *out) {
-  vf a = vf_load(u), b = vf_load(u + 16);
-  __m512i hi = to_bf16(a, b);
-  vf high_a = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 0)), 16)), high_b = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 1)), 16));
-  __m512i lo = to_bf16(vf_sub(a, high_a), vf_sub(b, high_b));
-  for (int k = 0; k < 4; k++) _mm512_storeu_si512(out + 64 * k, _mm512_maskz_mov_epi64(0x3f, _mm512_permutex2var_epi16(hi, t->eights[k], lo)));
+VEC void four_rows(const block *b, const float *u, char *out) {
+  vf x = vf_load(u), y = vf_load(u + 16);
+  __m512i hi = to_bf16(x, y);
+  vf high_x = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 0)), 16)), high_y = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 1)), 16));
+  __m512i lo = to_bf16(vf_sub(x, high_x), vf_sub(y, high_y));
+  for (int k = 0; k < 4; k++) _mm512_storeu_si512(out + 64 * k, _mm512_maskz_mov_epi64(0x3f, _mm512_permutex2var_epi16(hi, b->eights[k], lo)));
 }
 
-/* Rows [m, m + rows) of u; and turned, where dW is wanted. */
-static void strip_rows(strip *t, int64_t m, int64_t rows) {
-  int64_t r = t->r, padded = up(rows, 32), i = 0;
-  const float *u = (const float *)t->op->p[WANE_LORA_U] + m * r;
-  t->m = m; t->rows = rows;
-  if (r == 8) for (; i + 4 <= rows; i += 4) four_rows(t, u + i * 8, t->u + i / 16 * TILE_BYTES + i % 16 * 64);
-  for (; i < padded; i++) {
-    char *out = t->u + i / 16 * t->S * TILE_BYTES + i % 16 * 64;
-    wane_split_row(i < rows ? u + i * r : NULL, r, WANE_SPLIT_FIRST, out);
-  }
-  if (!t->op->p[WANE_LORA_DW]) return;
-  for (i = 0; i < padded; i += 32)
-    for (int64_t q = 0; q < t->Q; q++) {
-      char *out = t->ut + (q * ROWS / 32 + i / 32) * TILE_BYTES;
+static void block_rows(block *b, const float *u, int64_t m, int64_t rows, int turned) {
+  int64_t r = b->r, padded = up(rows, 32), i = 0;
+  u += m * r;
+  b->m = m; b->rows = rows;
+  if (r == 8) for (; i + 4 <= rows; i += 4) four_rows(b, u + i * 8, b->u + i / 16 * TILE_BYTES + i % 16 * 64);
+  for (; i < padded; i++) wane_split_row(i < rows ? u + i * r : NULL, r, WANE_SPLIT_FIRST, b->u + i / 16 * b->S * TILE_BYTES + i % 16 * 64);
+  for (i = 0; turned && i < padded; i += 32)
+    for (int64_t q = 0; q < b->Q; q++) {
+      char *out = b->ut + (q * ROWS / 32 + i / 32) * TILE_BYTES;
       for (int64_t k = 0; k < 16; k++) {
-        const char *pair = t->u + ((i + 2 * k) / 16 * t->S + q / 2) * TILE_BYTES + (i + 2 * k) % 16 * 64;
-        _mm512_storeu_si512(out + 64 * k, _mm512_permutex2var_epi16(_mm512_loadu_si512(pair), t->halves[q % 2], _mm512_loadu_si512(pair + 64)));
+        const char *pair = b->u + ((i + 2 * k) / 16 * b->S + q / 2) * TILE_BYTES + (i + 2 * k) % 16 * 64;
+        _mm512_storeu_si512(out + 64 * k, _mm512_permutex2var_epi16(_mm512_loadu_si512(pair), b->halves[q % 2], _mm512_loadu_si512(pair + 64)));
       }
       wane_transpose16(out, 64, out, 64);
     }
 }
 
-/* Columns [c, c + width) of W: the copy where one is wanted; [hi | hi | lo] in pairs, where y is. */
+/* ================================================================ y += u W */
+
+/* A strip of columns [c, c + width). Tiles: w [S][width / 16], y four; W's values and parts are rows STRIP apart, parts being hi, lo and a row of zeros. */
+typedef struct strip {
+  const wane_op *op;
+  block b;
+  int64_t c, width;
+  char *w;
+  float *y, *values;
+  uint16_t *parts;
+} strip;
+_Static_assert((ROWS / 16 * DEEP + HIGH * ROWS / 32 + DEEP * STRIP / 16 + 4) * TILE_BYTES + RANK * STRIP * 4 + (2 * RANK + 1) * STRIP * 2 <= WANE_SCRATCH,
+               "a strip and a block of rows fit into the scratch memory");
+
+/* Columns [c, c + width) of W: [hi | hi | lo] in pairs. */
 static void strip_columns(strip *t, int64_t c, int64_t width) {
   const wane_op *op = t->op;
-  int64_t C = op->n[WANE_LORA_C], r = t->r, turned = op->i[WANE_LORA_TURNED], tiles = up(width, 32) / 16;
+  int64_t C = op->n[WANE_LORA_C], r = t->b.r, turned = op->i[WANE_LORA_TURNED], tiles = up(width, 32) / 16;
   const float *w = op->p[WANE_LORA_W];
-  float *copy = op->p[WANE_LORA_COPY];
+  uint16_t *zeros = t->parts + 2 * r * STRIP;
   t->c = c; t->width = width;
-  if (!copy && !op->p[WANE_LORA_Y]) return;
+  memset(zeros, 0, STRIP * 2);
   for (int64_t j = 0; j < r; j++) {
     float *v = t->values + j * STRIP;
     if (turned) for (int64_t i = 0; i < width; i++) v[i] = w[(c + i) * r + j];
     else memcpy(v, w + j * C + c, (size_t)width * sizeof *v);
     for (int64_t i = width; i < tiles * 16; i++) v[i] = 0.0f;
-    if (copy) memcpy(copy + j * C + c, v, (size_t)width * sizeof *v);
+    for (int64_t i = 0; i < tiles; i++) split(vf_load(v + 16 * i), t->parts + j * STRIP + 16 * i, t->parts + (r + j) * STRIP + 16 * i);
   }
-  if (!op->p[WANE_LORA_Y]) return;
-  uint16_t *zeros = t->parts + 2 * r * STRIP;
-  memset(zeros, 0, STRIP * 2);
-  for (int64_t j = 0; j < r; j++)
-    for (int64_t i = 0; i < tiles; i++) split(vf_load(t->values + j * STRIP + 16 * i), t->parts + j * STRIP + 16 * i, t->parts + (r + j) * STRIP + 16 * i);
-  for (int64_t k = 0; k < t->S * 32; k += 2)
+  for (int64_t k = 0; k < t->b.S * 32; k += 2)
     for (int64_t i = 0; i < tiles; i += 2) {
       __m512i v[2];
       for (int64_t l = 0; l < 2; l++) {
         int64_t row = k + l < r ? k + l : k + l < 3 * r ? k + l - r : 2 * r;       /* hi, hi, lo, zeros */
         v[l] = _mm512_loadu_si512(t->parts + row * STRIP + 16 * i);
       }
-      for (int h = 0; h < 2; h++) _mm512_storeu_si512(t->w + (k / 32 * tiles + i + h) * TILE_BYTES + k % 32 / 2 * 64, _mm512_permutex2var_epi16(v[0], t->halves[h], v[1]));
+      for (int h = 0; h < 2; h++) _mm512_storeu_si512(t->w + (k / 32 * tiles + i + h) * TILE_BYTES + k % 32 / 2 * 64, _mm512_permutex2var_epi16(v[0], t->b.halves[h], v[1]));
     }
 }
 
-/* Columns [c + i, c + i + 32) of the block's rows: y += u W. */
+/* Columns [c + i, c + i + 32) of the block's rows. */
 static void strip_y(strip *t, int64_t i) {
   int64_t C = t->op->n[WANE_LORA_C], tiles = up(t->width, 32) / 16, left = t->width - i;
-  for (int64_t m = 0; m < t->rows; m += 32) {
-    const char *u = t->u + m / 16 * t->S * TILE_BYTES, *w = t->w + i / 16 * TILE_BYTES;
-    product(u, u + t->S * TILE_BYTES, 64, TILE_BYTES, w, w + TILE_BYTES, tiles * TILE_BYTES, t->S, t->y, 2 * BESIDE, 64, 0, 1);
-    uint16_t *y = (uint16_t *)t->op->p[WANE_LORA_Y] + (t->m + m) * C + t->c + i;
-    for (int64_t k = 0; k < least(32, t->rows - m); k++, y += C) {
+  for (int64_t m = 0; m < t->b.rows; m += 32) {
+    const char *u = t->b.u + m / 16 * t->b.S * TILE_BYTES, *w = t->w + i / 16 * TILE_BYTES;
+    product(u, u + t->b.S * TILE_BYTES, 64, TILE_BYTES, w, w + TILE_BYTES, tiles * TILE_BYTES, t->b.S, t->y, 2 * BESIDE, 64, 0, 1);
+    uint16_t *y = (uint16_t *)t->op->p[WANE_LORA_Y] + (t->b.m + m) * C + t->c + i;
+    for (int64_t k = 0; k < least(32, t->b.rows - m); k++, y += C) {
       const float *c = t->y + k / 16 * 2 * BESIDE + k % 16 * 16;
       if (left >= 32) {
         _mm512_storeu_si512(y, to_bf16(vf_add(vf_from_bf16(y), vf_load(c)), vf_add(vf_from_bf16(y + 16), vf_load(c + BESIDE))));
@@ -248,114 +265,103 @@ static void strip_y(strip *t, int64_t i) {
   }
 }
 
-/* c (two tiles; two more below) += one first operand's `steps` products with pairs of tiles at b: the even steps above, the odd ones below, so that
- * two sums run at once. */
-static void product_single(const char *a, const char *b, int64_t steps, float *c, int add) {
-  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  if (add) {
-    _tile_loadd(0, c, 64); _tile_loadd(1, c + BESIDE, 64);
-    _tile_loadd(2, c + 2 * BESIDE, 64); _tile_loadd(3, c + 3 * BESIDE, 64);
-  }
-  for (int64_t i = 0; i < steps; i += 2, a += 2 * TILE_BYTES, b += 4 * TILE_BYTES) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + TILE_BYTES, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (i + 1 == steps) break;
-    _tile_loadd(5, a + TILE_BYTES, 64);
-    _tile_loadd(6, b + 2 * TILE_BYTES, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(7, b + 3 * TILE_BYTES, 64);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, 64); _tile_stored(1, c + BESIDE, 64);
-  _tile_stored(2, c + 2 * BESIDE, 64); _tile_stored(3, c + 3 * BESIDE, 64);
-}
-
-/* The same columns: dW += uᵀ x. Interleaving within 128 bits costs half of interleaving in order: tile 0 has columns 0 to 3, 8 to 11 …, tile 1 the others. */
-static void strip_dw(strip *t, int64_t i) {
-  int64_t C = t->op->n[WANE_LORA_C], left = t->width - i, steps = up(t->rows, 32) / 32, row = ROWS / 32 * TILE_BYTES;
-  const uint16_t *x = (const uint16_t *)t->op->p[WANE_LORA_X] + t->m * C + t->c + i;
-  for (int64_t k = 0; k < steps * 16; k++, x += 2 * C) {
-    __m512i a = 2 * k < t->rows ? part(x, left) : _mm512_setzero_si512(), b = 2 * k + 1 < t->rows ? part(x + C, left) : _mm512_setzero_si512();
-    char *out = t->x + k / 16 * 2 * TILE_BYTES + k % 16 * 64;
-    for (int l = 0; l < 2; l++) {                                          /* rows lie apart: no stream of reads foresees them */
-      __builtin_prefetch(x + (FAR + l) * C, 0, 2);
-      __builtin_prefetch(x + (NEAR + l) * C);
-    }
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
-    _mm512_storeu_si512(out + TILE_BYTES, _mm512_unpackhi_epi16(a, b));
-  }
-  float *dw = t->dw + i / 32 * (t->Q + t->Q % 2) * 2 * BESIDE;
-  for (int64_t q = 0; q + 1 < t->Q; q += 2)
-    product(t->ut + q * row, t->ut + (q + 1) * row, 64, TILE_BYTES, t->x, t->x + TILE_BYTES, 2 * TILE_BYTES, steps, dw + q * 2 * BESIDE, 2 * BESIDE, 64, t->m > 0, 1);
-  if (t->Q % 2) product_single(t->ut + (t->Q - 1) * row, t->x, steps, dw + (t->Q - 1) * 2 * BESIDE, t->m > 0);
-}
-
-/* A row of the sums of 32 columns, in their order; row: of the stack of hi and lo. */
-static void strip_sums(const strip *t, const float *sums, int64_t row, float out[32]) {
-  _Alignas(64) float v[2][16];
-  const float *s = sums + row / 16 * 2 * BESIDE + row % 16 * 16;
-  for (int h = 0; h < 2; h++) {
-    vf x = vf_load(s + h * BESIDE);
-    if (row / 16 + 1 == t->Q && t->Q % 2) x = vf_add(x, vf_load(s + (2 + h) * BESIDE));
-    vf_store(v[h], x);
-  }
-  for (int g = 0; g < 8; g++) memcpy(out + 4 * g, v[g % 2] + g / 2 * 4, 16);
-}
-
-/* dW = the sums over hi and lo. */
-static void strip_store(const strip *t) {
-  int64_t C = t->op->n[WANE_LORA_C], r = t->r, turned = t->op->i[WANE_LORA_TURNED], pairs = t->Q + t->Q % 2;
-  float *dw = t->op->p[WANE_LORA_DW], hi[32], lo[32];
-  for (int64_t i = 0; i < t->width; i += 32)
-    for (int64_t j = 0; j < r; j++) {
-      int64_t left = least(32, t->width - i);
-      strip_sums(t, t->dw + i / 32 * pairs * 2 * BESIDE, j, hi);
-      strip_sums(t, t->dw + i / 32 * pairs * 2 * BESIDE, j + r, lo);
-      for (int64_t l = 0; l < left; l++) dw[turned ? (t->c + i + l) * r + j : j * C + t->c + i + l] = hi[l] + lo[l];
-    }
-}
-
-static void strip_block(strip *t) {
-  for (int64_t i = 0; i < t->width; i += 32) {
-    if (t->op->p[WANE_LORA_DW]) strip_dw(t, i);
-    if (t->op->p[WANE_LORA_Y]) strip_y(t, i);
-  }
-}
-
+/* COLUMNS of y alone, by rows, which lie in one piece. */
 static void columns(const wane_op *op, uint32_t chunk) {
   int64_t C = op->n[WANE_LORA_C], M = op->n[WANE_LORA_M], lo, hi;
   strip t;
-  if (op->i[WANE_LORA_DTYPE] != WANE_BF16 || op->f[WANE_LORA_THRESHOLD] != 0 || M == 0 || op->n[WANE_LORA_R] > RANK) {
+  if (op->i[WANE_LORA_DTYPE] != WANE_BF16 || op->f[WANE_LORA_THRESHOLD] != 0 || M == 0 || op->n[WANE_LORA_R] > RANK || op->p[WANE_LORA_DW] || op->p[WANE_LORA_COPY]) {
     vectors_columns(op, chunk);
     return;
   }
-  strip_open(&t, op);
+  char *at = block_open(&t.b, op, wane_scratch());
+  t.op = op;
+  t.w = at; at += t.b.S * STRIP / 16 * TILE_BYTES;
+  t.y = (float *)(void *)at; at += 4 * TILE_BYTES;
+  t.values = (float *)(void *)at; at += t.b.r * STRIP * 4;
+  t.parts = (uint16_t *)(void *)at;
+  wane_op_range(op, chunk, M, 32, &lo, &hi);
   wane_tiles_on();
-  if (!op->p[WANE_LORA_DW] && !op->p[WANE_LORA_COPY]) {                    /* y alone goes by rows, which lie in one piece */
-    wane_op_range(op, chunk, M, 32, &lo, &hi);
-    for (int64_t m = lo; m < hi; m += ROWS) {
-      strip_rows(&t, m, least(ROWS, hi - m));
-      for (int64_t c = 0; c < C; c += STRIP) {
-        strip_columns(&t, c, least(STRIP, C - c));
-        strip_block(&t);
-      }
-    }
-  } else {
-    wane_op_range(op, chunk, C, 32, &lo, &hi);
-    for (int64_t c = lo; c < hi; c += STRIP) {
-      strip_columns(&t, c, least(STRIP, hi - c));
-      if (!op->p[WANE_LORA_DW] && !op->p[WANE_LORA_Y]) continue;
-      for (int64_t m = 0; m < M; m += ROWS) {
-        strip_rows(&t, m, least(ROWS, M - m));
-        strip_block(&t);
-      }
-      if (op->p[WANE_LORA_DW]) strip_store(&t);
+  for (int64_t m = lo; m < hi; m += ROWS) {
+    block_rows(&t.b, op->p[WANE_LORA_U], m, least(ROWS, hi - m), 0);
+    for (int64_t c = 0; c < C; c += STRIP) {
+      strip_columns(&t, c, least(STRIP, C - c));
+      for (int64_t i = 0; i < t.width; i += 32) strip_y(&t, i);
     }
   }
   wane_tiles_off();
+}
+
+/* ================================================================ dW = uᵀ x */
+
+/* The block's rows of x, columns [c, c + 32), in pairs: tiles [ROWS / 32][2]. Interleaving within 128 bits costs half of interleaving in order: tile 0
+ * has columns 0 to 3, 8 to 11 …, tile 1 the others. */
+static void pair_rows(const wane_op *op, const block *b, int64_t c, char *out) {
+  int64_t C = op->n[WANE_LORA_C], left = C - c;
+  const uint16_t *x = (const uint16_t *)op->p[WANE_LORA_X] + b->m * C + c;
+  for (int64_t k = 0; k < up(b->rows, 32) / 2; k++, x += 2 * C) {
+    __m512i v[2];
+    for (int l = 0; l < 2; l++) {
+      v[l] = 2 * k + l < b->rows ? part(x + l * C, left) : _mm512_setzero_si512();
+      __builtin_prefetch(x + (NEAR + l) * C);                              /* rows lie apart: no stream of reads foresees them */
+    }
+    _mm512_storeu_si512(out + k / 16 * 2 * TILE_BYTES + k % 16 * 64, _mm512_unpacklo_epi16(v[0], v[1]));
+    _mm512_storeu_si512(out + (k / 16 * 2 + 1) * TILE_BYTES + k % 16 * 64, _mm512_unpackhi_epi16(v[0], v[1]));
+  }
+}
+
+/* Floats of a part's share of dW: tiles [C / 32][Q][2]. */
+static int64_t share_floats(const wane_op *op) { return up(op->n[WANE_LORA_C], 32) / 32 * ((2 * op->n[WANE_LORA_R] + 15) / 16) * 2 * BESIDE; }
+
+/* A part of the rows: u where it is wanted, then its share of dW. */
+static void gradient(const wane_op *op, uint32_t part) {
+  int64_t C = op->n[WANE_LORA_C], M = op->n[WANE_LORA_M], rows = op->n[WANE_LORA_PART], lo = part * rows, hi = least(M, lo + rows);
+  float *share = op->p[WANE_LORA_COPY];
+  block b;
+  wane_tiles_on();
+  if (op->p[WANE_LORA_Y] && lo < hi) rows_range(op, lo, hi, op->p[WANE_LORA_Y]);
+  if (share) {
+    char *x = block_open(&b, op, wane_scratch());
+    share += part * share_floats(op);
+    for (int64_t m = lo; m < hi; m += ROWS) {
+      block_rows(&b, op->p[WANE_LORA_U], m, least(ROWS, hi - m), 1);
+      int64_t steps = up(b.rows, 32) / 32, row = ROWS / 32 * TILE_BYTES;
+      for (int64_t c = 0; c < C; c += 32) {
+        float *dw = share + c / 32 * b.Q * 2 * BESIDE;
+        pair_rows(op, &b, c, x);
+        for (int64_t q = 0; q < b.Q; q += 2) {
+          const char *a0 = b.ut + q * row;
+          if (q + 1 < b.Q) product(a0, a0 + row, 64, TILE_BYTES, x, x + TILE_BYTES, 2 * TILE_BYTES, steps, dw + q * 2 * BESIDE, 2 * BESIDE, 64, m > lo, 1);
+          else product_single(a0, x, steps, dw + q * 2 * BESIDE, m > lo);
+        }
+      }
+    }
+  }
+  wane_tiles_off();
+}
+_Static_assert((ROWS / 16 * DEEP + HIGH * ROWS / 32 + ROWS / 32 * 2) * TILE_BYTES <= WANE_SCRATCH, "a block of rows and its columns fit into the scratch memory");
+
+/* A row of a share's 32 columns, in their order; row: of the stack of hi and lo. */
+static void add_row(const float *share, int64_t row, float out[32]) {
+  const float *s = share + row / 16 * 2 * BESIDE + row % 16 * 16;
+  for (int g = 0; g < 8; g++) for (int l = 0; l < 4; l++) out[4 * g + l] += s[g % 2 * BESIDE + g / 2 * 4 + l];
+}
+
+/* dW of some columns: sums over the parts, in their order, and over hi and lo. */
+static void sum(const wane_op *op, uint32_t chunk) {
+  int64_t C = op->n[WANE_LORA_C], r = op->n[WANE_LORA_R], turned = op->i[WANE_LORA_TURNED], parts = (op->n[WANE_LORA_M] + op->n[WANE_LORA_PART] - 1) / op->n[WANE_LORA_PART];
+  int64_t floats = share_floats(op), Q = (2 * r + 15) / 16, lo, hi;
+  float *dw = op->p[WANE_LORA_DW];
+  wane_op_range(op, chunk, up(C, 32) / 32, 1, &lo, &hi);
+  for (int64_t i = lo; i < hi; i++)
+    for (int64_t j = 0; j < r; j++) {
+      _Alignas(64) float v[32] = { 0 };
+      const float *share = (const float *)op->p[WANE_LORA_COPY] + i * Q * 2 * BESIDE;
+      for (int64_t p = 0; p < parts; p++, share += floats) {
+        add_row(share, j, v);
+        add_row(share, j + r, v);
+      }
+      for (int64_t l = 0; l < least(32, C - 32 * i); l++) dw[turned ? (32 * i + l) * r + j : j * C + 32 * i + l] = v[l];
+    }
 }
 
 void wane_lora_register_amx(wane_backend *b) {
@@ -363,4 +369,6 @@ void wane_lora_register_amx(wane_backend *b) {
   vectors_columns = b->ops[WANE_OP_LORA_COLUMNS];
   b->ops[WANE_OP_LORA_ROWS] = rows;
   b->ops[WANE_OP_LORA_COLUMNS] = columns;
+  b->ops[WANE_OP_LORA_GRADIENT] = gradient;
+  b->ops[WANE_OP_LORA_SUM] = sum;
 }

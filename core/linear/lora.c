@@ -4,6 +4,7 @@
 #include "../tensor/tensor.h"
 #include <math.h>
 
+enum { TILED_RANK = 128, PART_ROWS = 128, PARTS = 16, SHARES_BYTES = 64 << 20 };
 enum { LORA_WORK = 1 << 20 };              /* multiplications a chunk: about 30 us of AVX-512, 8 of AMX */
 
 /* One call's operands: borrowed tensors, and the copies that made inputs contiguous. */
@@ -115,6 +116,38 @@ static void push_columns(wane_stream *s, const lora *a, int turned, wane_tensor 
   wane_op_push(s, op, a->y, dw);
 }
 
+/* Can tiles make dW (GRADIENT and SUM)? */
+static int has_tiles(const lora *a) {
+  return wane_cpu_backend()->ops[WANE_OP_LORA_GRADIENT] && a->x->dtype == WANE_BF16 && a->p == 0 && a->r <= TILED_RANK && a->M > 0 && a->C > 0;
+}
+
+/* u = scale x W^T where it is not NULL, dw = a->u^T x where it is not NULL: in parts of the rows, few enough that their shares stay small. */
+static int push_gradient(wane_stream *s, const lora *a, int turned, wane_tensor *u, wane_tensor *dw) {
+  int64_t share = (a->C + 31) / 32 * ((2 * a->r + 15) / 16) * 2048, parts = (a->M + PART_ROWS - 1) / PART_ROWS, rows;
+  wane_storage *hold = NULL;
+  float *shares = NULL;
+  if (parts > PARTS) parts = PARTS;
+  if (parts > SHARES_BYTES / share) parts = SHARES_BYTES / share > 1 ? SHARES_BYTES / share : 1;
+  rows = ((a->M + parts - 1) / parts + 31) / 32 * 32;
+  parts = (a->M + rows - 1) / rows;
+  if (dw && !(shares = wane_workspace(s, (size_t)(parts * share), &hold))) return WANE_E_MEMORY;
+  for (int step = 0; step < (dw ? 2 : 1); step++) {
+    wane_op *op = lora_op(s, a, step ? WANE_OP_LORA_SUM : WANE_OP_LORA_GRADIENT, (a->C + 31) / 32, 2);
+    op->p[WANE_LORA_X] = a->x->data;
+    op->p[WANE_LORA_U] = a->u->data;
+    op->p[WANE_LORA_Y] = u ? u->data : NULL;
+    op->p[WANE_LORA_COPY] = shares;
+    op->p[WANE_LORA_DW] = dw ? dw->data : NULL;
+    op->n[WANE_LORA_PART] = rows;
+    op->i[WANE_LORA_DTYPE] = a->x->dtype;
+    op->i[WANE_LORA_TURNED] = turned;
+    if (!step) op->nchunks = (uint32_t)parts;
+    wane_op_push(s, op, step ? dw : u, NULL);
+  }
+  if (hold) wane_storage_unref(hold);
+  return WANE_OK;
+}
+
 /* Lets the copies go and hands the status on. */
 static int done(lora *a, int status) {
   for (int i = 0; i < 3; i++) wane_tensor_free(&a->tmp[i]);
@@ -151,15 +184,20 @@ int wane_lora_up_backward(wane_stream *s, wane_handle *hdu, wane_handle *hdB, co
   if ((status = take_x(s, &a, dy, "dy")) || (status = take_w(s, &a, B, "B", 1)) || (status = take_u(s, &a, u, "u"))) return done(&a, status);
   wane_tensor *du = wane_make(s, &made[0], WANE_F32, 2, (int64_t[]){ a.M, a.r });
   wane_tensor *dB = du && hdB ? wane_make(s, &made[1], WANE_F32, 2, (int64_t[]){ a.C, a.r }) : NULL;
-  float *copy = du && (!hdB || dB) ? wane_workspace(s, (size_t)(a.C * a.r) * sizeof(float), &hold) : NULL;
-  if (!copy) {
+  int tiles = has_tiles(&a);
+  status = du && (!hdB || dB) ? WANE_OK : WANE_E_MEMORY;
+  if (!status && tiles) status = push_gradient(s, &a, 1, du, dB);
+  float *copy = !status && !tiles ? wane_workspace(s, (size_t)(a.C * a.r) * sizeof(float), &hold) : NULL;
+  if (status || (!tiles && !copy)) {
     wane_tensor_free(&made[0]);
     wane_tensor_free(&made[1]);
     return done(&a, WANE_E_MEMORY);
   }
-  push_columns(s, &a, 1, dB, copy);
-  push_rows(s, &a, copy, du);
-  wane_storage_unref(hold);
+  if (!tiles) {
+    push_columns(s, &a, 1, dB, copy);
+    push_rows(s, &a, copy, du);
+    wane_storage_unref(hold);
+  }
   *hdu = made[0];
   if (hdB) *hdB = made[1];
   return done(&a, WANE_OK);
@@ -178,6 +216,11 @@ int wane_lora_down_backward(wane_stream *s, const wane_handle *dx, wane_handle *
   if ((status = take_w(s, &a, A, "A", 0)) || (status = take_u(s, &a, du, "du"))) return done(&a, status);
   wane_tensor *dA = wane_make(s, hdA, WANE_F32, 2, (int64_t[]){ a.r, a.C });
   if (!dA) return done(&a, WANE_E_MEMORY);
-  push_columns(s, &a, 0, dA, NULL);
-  return done(&a, WANE_OK);
+  if (!has_tiles(&a)) {
+    push_columns(s, &a, 0, dA, NULL);
+    return done(&a, WANE_OK);
+  }
+  if ((status = push_gradient(s, &a, 0, NULL, dA))) wane_tensor_free(hdA);
+  else if (a.y) push_columns(s, &a, 0, NULL, NULL);
+  return done(&a, status);
 }

@@ -7,6 +7,11 @@
  *   COLUMNS  y[m][c] += factor[m][c] * sum_j u[m][j] W[j][c]                chunks: columns
  *            dW[j][c] = sum_m u[m][j] drop(x)[m][c]
  *
+ * and, where there are tiles and nothing is dropped, in place of COLUMNS with dW and of ROWS beside it:
+ *
+ *   GRADIENT u (its p Y) and the share of dW (its p COPY) of a part of the rows   chunks: parts
+ *   SUM      dW from the parts' shares                                            chunks: columns
+ *
  * where drop(x) = factor * x, factor is 0 for a dropped element and 1 / (1 - p) for a kept one. COLUMNS skips y, dW or both where they
  * are NULL. Sums over c run lane by lane in rising c, sums over m in rising m: no cut of the work changes them. */
 #ifndef WANE_LORA_H
@@ -23,6 +28,7 @@ enum {
   WANE_LORA_DW = 4,          /* p, COLUMNS: f32, laid out as W, or NULL */
   WANE_LORA_COPY = 5,        /* p, COLUMNS: f32 [r, C] that receives W, or NULL */
   WANE_LORA_M = 0, WANE_LORA_C = 1, WANE_LORA_R = 2, WANE_LORA_SEED = 3, WANE_LORA_OFFSET = 4,   /* n */
+  WANE_LORA_PART = 5,        /* n, GRADIENT and SUM: rows of a part, a multiple of 32 */
   WANE_LORA_DTYPE = 0,       /* i: of x and y */
   WANE_LORA_TURNED = 1,      /* i: W is [C, r] */
   WANE_LORA_SCALE = 0,       /* f, ROWS */

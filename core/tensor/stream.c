@@ -96,7 +96,7 @@ const char *wane_op_name(int code) {
     case WANE_OP_NLL: return "nll";
     case WANE_OP_PENALTY: return "penalty";
     case WANE_OP_ROUTE: return "route";
-    case WANE_OP_LORA_ROWS: case WANE_OP_LORA_COLUMNS: return "lora";
+    case WANE_OP_LORA_ROWS: case WANE_OP_LORA_COLUMNS: case WANE_OP_LORA_GRADIENT: case WANE_OP_LORA_SUM: return "lora";
     case WANE_OP_ATTENTION_BACKWARD: return "attention_backward";
     case WANE_OP_OPTIMIZER: return "optimizer_step";
     case WANE_OP_UNARY_BACKWARD: return "unary_backward";
