@@ -445,6 +445,14 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
                                       const wane_handle *x, const wane_handle *weight, double eps);
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
+/* The same of a head, without the scores ever being in memory: nll f32 [M] of x W^T and dx of factor * its sum, in x's dtype; x [M, K], W [V, K] any
+ * dtype that wane_linear takes, labels [M] i32 or i64. Scores f32, their gradient bf16 on its way into dx. Source of the idea: Wijmans et al. 2024 (Cut Your
+ * Losses). Only where wane_linear_nll_fits says 1 (AMX, not with WANE_COMPUTE_F32, rows of W not too long): a head is else wane_linear, wane_nll_with_gradient,
+ * wane_linear_backward. */
+WANE_API int wane_linear_nll(wane_stream *s, wane_handle *nll, wane_handle *dx, const wane_handle *x, const wane_handle *w, const wane_handle *labels, double factor,
+                             int64_t ignore_index, int compute);
+/* 1 if wane_linear_nll takes this weight at the instruction-set level in force, else 0. */
+WANE_API int wane_linear_nll_fits(const wane_handle *w, int compute);
 /* wane_nll and the gradient of factor * its sum at once, while a row is in the cache: nll f32 [M]; dlogits [M, V] in `dtype`, a float one, rounded once. */
 WANE_API int wane_nll_with_gradient(wane_stream *s, wane_handle *nll, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, double factor,
                                     int64_t ignore_index, int dtype);

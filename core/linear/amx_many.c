@@ -12,7 +12,7 @@
 #include "amx_tiles.h"
 #include "amx_split.h"
 
-enum { STEP = 128, BLOCK = 64, RUN = 19, PHASE = 96, PHASE_GRAIN = 8, UNITS_WANTED = 8, UNIT_ROWS = 128 };
+enum { STEP = 128, BLOCK = AMX_BLOCK, PHASE = 96, PHASE_GRAIN = 8, UNITS_WANTED = 8, UNIT_ROWS = 128 };
 /* The scratch: W's tiles, results kept between runs and phases, a row's scales, and which tiles they are. */
 enum { W_ROOM = 1088 << 10, KEPT_ROOM = 432 << 10, SCALES_ROOM = 64 << 10, NAME_AT = W_ROOM + KEPT_ROOM + SCALES_ROOM };
 _Static_assert(NAME_AT + 64 <= WANE_SCRATCH, "tiles, results and scales fit into the scratch memory");
@@ -20,17 +20,8 @@ _Static_assert(NAME_AT + 64 <= WANE_SCRATCH, "tiles, results and scales fit into
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Tiles of 32 values that a row of `width` fills: whole blocks of 64. */
-static int64_t tiles_of(int64_t width) { return round_up(width, BLOCK) / 32; }
-
 /* Tiles that the low-rank product adds. */
 static int64_t added_tiles(const wane_op *op) { return op->i[WANE_LINEAR_RANK] > 0 ? wane_split_tiles(op->i[WANE_LINEAR_RANK]) : 0; }
-
-/* `tiles` in equal parts of at most RUN. */
-static int64_t run_of(int64_t tiles) {
-  int64_t parts = (tiles + RUN - 1) / RUN;
-  return (tiles + parts - 1) / parts;
-}
 
 /* 4-bit rows made of whole blocks of 64 with one scale each have decoders of their own. */
 static int is_fast(const wane_qview *w) {
@@ -72,7 +63,7 @@ WANE_INLINE void pack_step(const void *x, int dtype, int64_t at, int64_t left, i
  * [16 pairs][16 rows][2] when `turn`. The low-rank product's u lies where a bias would. */
 static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t chunk, int64_t width, const __m512i *order, int turn) {
   _Alignas(64) uint16_t rows[16][STEP];
-  int64_t lo, hi, tiles = tiles_of(width) + added_tiles(op), rank = op->i[WANE_LINEAR_RANK];
+  int64_t lo, hi, tiles = amx_tiles_of(width) + added_tiles(op), rank = op->i[WANE_LINEAR_RANK];
   wane_op_range(op, chunk, a->M, 32, &lo, &hi);
   for (int64_t m = lo; m < round_up(hi, 32) && lo < hi; m += 16) {
     for (int64_t k = 0; k < width; k += STEP) {
@@ -87,7 +78,7 @@ static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t ch
         else for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + q * TILE_BYTES + 64 * i, _mm512_loadu_si512(rows[i] + 32 * q));
       }
     }
-    char *out = (char *)a->work + (m / 16 * tiles + tiles_of(width)) * TILE_BYTES;
+    char *out = (char *)a->work + (m / 16 * tiles + amx_tiles_of(width)) * TILE_BYTES;
     for (int i = 0; rank && i < 16; i++) wane_split_row(m + i < a->M ? (const float *)a->bias + (m + i) * rank : NULL, rank, WANE_SPLIT_FIRST, out + 64 * i);
     for (int64_t q = 0; turn && q < added_tiles(op); q++) wane_transpose16(out + q * TILE_BYTES, 64, out + q * TILE_BYTES, 64);
   }
@@ -155,7 +146,7 @@ static void decode_any(const wane_qview *w, int64_t n, int64_t k, int64_t width,
 }
 
 /* Rows [n, n + count) of W (zeros up to a multiple of 32), values [k, k + width), as rows of 16 of tiles, `stride` bytes apart. */
-static void decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales) {
+void amx_decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales) {
   __m512 levels = levels_of(w);
   int fast = is_fast(w);
   for (int64_t i = 0; i < round_up(count, 32); i++) {
@@ -174,7 +165,7 @@ static void added_rows(const wane_op *op, int64_t n, int64_t count, char *out, i
 }
 
 /* Two panels of 16 tokens of rows [n, n + 32) to y. c: four tiles. */
-static void put_tiles(const wane_linear_args *a, const float *c, int64_t m, int64_t n) {
+void amx_put_tiles(const wane_linear_args *a, const float *c, int64_t m, int64_t n) {
   _Alignas(64) float turned[2][16][16], bias[32] = { 0 };
   int64_t count = least(32, a->N - n);
   if (a->bias) for (int64_t i = 0; i < count; i++) bias[i] = wane_linear_bias(a, n + i);
@@ -263,7 +254,7 @@ static void pair_any(const wane_qview *w, const pairing *z, int64_t n, int64_t k
 }
 
 /* Columns [k, k + columns) of W, rows [n, n + width), as tiles: 16 columns a row of tiles, `stride` bytes apart, two rows of W a row of a tile. */
-static void decode_columns(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride) {
+void amx_decode_columns(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride) {
   pairing z = pairing_of(w);
   int64_t per = w->block_size / BLOCK;
   int fast = is_fast(w);
@@ -351,7 +342,7 @@ static void set_decoded(char *scratch, name now) {
 WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t tiles, int64_t p,
                              int64_t part, int back) {
   int64_t outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
-  int64_t run = run_of(part), phased = cut->phased;
+  int64_t run = amx_run_of(part), phased = cut->phased;
   float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
   for (int64_t m = m0; m < m1; m += 32)
     for (int64_t k = 0; k < part; k += run) {
@@ -363,7 +354,7 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
         if (back) multiply(x0, x1, w0, w1, least(run, part - k), c, p + k == 0, 1, 0);
         else multiply(w0, w1, x0, x1, least(run, part - k), c, p + k == 0, a->M - m > 16, 1);
         if (!last) continue;
-        if (back) put_rows(a, c, m, o + 32 * i); else put_tiles(a, c, m, o + 32 * i);
+        if (back) put_rows(a, c, m, o + 32 * i); else amx_put_tiles(a, c, m, o + 32 * i);
       }
     }
 }
@@ -372,7 +363,7 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
 WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
   wane_linear_args a = wane_linear_load(op);
   wane_qview w = wane_qview_load(op);
-  int64_t outputs = back ? a.K : a.N, tiles = tiles_of(back ? a.N : a.K), added = added_tiles(op), lo, hi;
+  int64_t outputs = back ? a.K : a.N, tiles = amx_tiles_of(back ? a.N : a.K), added = added_tiles(op), lo, hi;
   cut cut = cut_of(a.M, outputs, tiles, added, back ? BLOCK : 32);
   int64_t stride = (cut.phase + added + 1) * TILE_BYTES;                   /* one more: powers of two would share few sets of a cache */
   char *scratch = wane_scratch();
@@ -386,8 +377,8 @@ WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
     for (int64_t p = 0; p < tiles; p += cut.phase) {
       int64_t part = least(cut.phase, tiles - p), more = p + part == tiles ? added : 0;
       if (!is_decoded(scratch, name)) {
-        if (back) decode_columns(&w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
-        else decode_rows(&w, o, count, p * 32, part * 32, scratch, stride, scales);
+        if (back) amx_decode_columns(&w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
+        else amx_decode_rows(&w, o, count, p * 32, part * 32, scratch, stride, scales);
         if (more && back) added_columns(op, o, round_up(count, BLOCK), scratch + part * TILE_BYTES, stride);
         else if (more) added_rows(op, o, count, scratch + part * TILE_BYTES, stride);
         set_decoded(scratch, name);

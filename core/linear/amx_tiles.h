@@ -1,9 +1,25 @@
-/* amx_tiles.h: what products with AMX bf16 tiles are made of: tiles in and out of registers, rows out. Internal to amx_many.c. */
+/* amx_tiles.h: what products with AMX bf16 tiles are made of: tiles in and out of registers, rows out, W's decoders. Internal to amx_*.c of this room. */
 #ifndef WANE_AMX_TILES_H
 #define WANE_AMX_TILES_H
 #include "avx512_linear.h"
 #include "../x86/amx_bf16.h"
 #include "../x86/transpose16.h"
+
+enum { AMX_BLOCK = 64, AMX_RUN = 19 };
+
+/* Tiles of 32 values that a row of `width` fills: whole blocks of 64. */
+static inline int64_t amx_tiles_of(int64_t width) { return (width + AMX_BLOCK - 1) / AMX_BLOCK * (AMX_BLOCK / 32); }
+
+/* `tiles` of a contraction in equal parts of at most AMX_RUN: a panel of x of so many stays in the first-level cache. */
+static inline int64_t amx_run_of(int64_t tiles) {
+  int64_t parts = (tiles + AMX_RUN - 1) / AMX_RUN;
+  return (tiles + parts - 1) / parts;
+}
+
+/* amx_many.c, where they are explained. */
+void amx_decode_rows(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales);
+void amx_decode_columns(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride);
+void amx_put_tiles(const wane_linear_args *a, const float *c, int64_t m, int64_t n);
 
 /* A tile to registers; a streamed one passes by the first-level cache. */
 #define TILE(t, at, streamed) do { if (streamed) _tile_stream_loadd(t, at, 64); else _tile_loadd(t, at, 64); } while (0)

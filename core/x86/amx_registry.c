@@ -2,6 +2,7 @@
 #include "../linear/linear.h"
 #include "../linear/linear8.h"
 #include "../linear/lora.h"
+#include "../linear/nll.h"
 #include "../ops/nn.h"
 #include "../ops/probe.h"
 #include "../tensor/tensor.h"
@@ -12,4 +13,5 @@ void wane_register_amx(wane_backend *b) {
   wane_linear_register_amx(b);
   wane_linear8_register_amx(b);
   wane_lora_register_amx(b);
+  wane_linear_nll_register_amx(b);
 }

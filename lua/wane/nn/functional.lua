@@ -393,6 +393,18 @@ function F.nll_with_gradient(logits, labels, factor, ignore_index, dtype)
   return wrap(y), wrap(dlogits)
 end
 
+--- Can linear_nll take this weight with the kernels in force?
+-- @return boolean
+function F.linear_nll_fits(weight, compute) return C.wane_linear_nll_fits(weight.h, compute) == 1 end
+
+--- The loss of a head x · weightᵀ whose scores are never in memory, and the gradient of `factor` times its sum; outside the graph.
+-- @return wane.Tensor nll f32 [M], wane.Tensor dx
+function F.linear_nll(x, weight, labels, factor, ignore_index, compute)
+  local y, dx = handle(), handle()
+  check(C.wane_linear_nll(stream(), y, dx, x.h, weight.h, labels.h, factor, ignore_index or -100, compute))
+  return wrap(y), wrap(dx)
+end
+
 --- [1, count]: start, start + 1 … as dtype number `dtype`.
 function F.arange(start, count, dtype)
   local y = handle()
