@@ -111,7 +111,7 @@ describe("low-rank products", function()
             local what = ("%s %d x %d, r %d: "):format(level, M, K, r)
             local a, b, in_place = S.handle(), S.handle(), fresh(o)
             local slack = level == "amx" and d[2] == C.WANE_BF16 and p == 0 and 2e-5 or nil       -- tiles multiply f32 values as two of bf16
-            local function near(want, h, step, what) worst[level] = math.max(worst[level] or 0, near_to(want, h, step, what, slack)) end
+            local function near(want, h, step, name) worst[level] = math.max(worst[level] or 0, near_to(want, h, step, name, slack)) end
             core.check(C.wane_lora_down(s(), a, o.tx, o.tA, 1.5, p, o.seed, o.offset))
             near(down, a, 0, what .. "down")
             core.check(C.wane_lora_down_backward(s(), in_place, b, o.tu, o.tx, o.tA, p, o.seed, o.offset))
@@ -130,7 +130,7 @@ describe("low-rank products", function()
             near(du, a, 0, what .. "du alone")
           end)
         end
-        for level, d in pairs(worst) do print(("  %s: f32 results within %.1e of the largest"):format(level, d)) end
+        for level, most in pairs(worst) do print(("  %s: f32 results within %.1e of the largest"):format(level, most)) end
       end)
     end
   end

@@ -195,7 +195,8 @@ describe("gradients of attention:", function()
 
   it("the result and the logarithm of the sums in bf16 are f32's, rounded, at every level", function()
     local worst, worst_lse = 0, 0
-    for _, s in ipairs { { 1, 300, 300, 6, 2, 64, {} }, { 2, 45, 45, 3, 3, 80, { window = 9 } }, { 2, 40, 40, 2, 1, 24, { key_mask = mask_of(2, 40, function(b, j) return j < 4 * b + 2 end) } } } do
+    for _, s in ipairs { { 1, 300, 300, 6, 2, 64, {} }, { 2, 45, 45, 3, 3, 80, { window = 9 } },
+                         { 2, 40, 40, 2, 1, 24, { key_mask = mask_of(2, 40, function(b, j) return j < 4 * b + 2 end) } } } do
       local B, T, S, H, KV, D, o = unpack(s)
       local q, k, v = random(51, B, T, H, D), random(52, B, KV, S, D), random(53, B, KV, S, D)
       local how = require("ffi").new("wane_attention_options", { kv_length = S, window = o.window or 0, causal = 1 })
