@@ -201,6 +201,8 @@ WANE_API int wane_tensor_new_file(wane_stream *s, wane_handle *out, const char *
 WANE_API int wane_tensor_upload(wane_stream *s, const wane_handle *t, const void *data, size_t bytes);
 /* Copies a contiguous tensor's bytes out. WANE_PENDING while ops are still writing it: wait for info.ticket, call again. */
 WANE_API int wane_tensor_read(wane_stream *s, const wane_handle *t, void *data, size_t bytes);
+/* 1 if nothing else holds this tensor or shares its values (another handle, a view), so that writing it in place is nobody else's business; else 0. */
+WANE_API int wane_tensor_sole(const wane_handle *t);
 /* Another handle on the same tensor (same scope rules as a new tensor). */
 WANE_API int wane_tensor_retain(wane_stream *s, wane_handle *out, const wane_handle *t);
 /* Drops the handle; empties it. Safe on an empty, stale or already freed handle, and after its stream was closed. */
@@ -287,9 +289,12 @@ typedef struct wane_lora_options {
  * (AMX, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and never read. */
 WANE_API int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
                               const wane_handle *B, const wane_lora_options *options, int compute, float threshold);
-/* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. */
+/* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. onto (or NULL): a gradient of x that came another way, in dy's dtype and contiguous; where the
+ * kernels can, dx is added to it with one rounding, *added is 1 and dx is left alone, else *added is 0 (added may be NULL without onto). If the call fails
+ * after the addition was enqueued, onto holds it: drop both. */
 WANE_API int wane_linear_lora_backward(wane_stream *s, wane_handle *dx, wane_handle *dA, wane_handle *dB, const wane_handle *dy, const wane_handle *x, const wane_handle *u,
-                                       const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *options, int compute);
+                                       const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *options, int compute,
+                                       const wane_handle *onto, int *added);
 
 /* ---- mixtures of experts: each row of x times one of several weights. Which one is known on the device only: nothing waits for it. ---- */
 /* Sorts the choices ids [M, k] (i32 or i64, each in [0, experts)) by expert, in the order of rows within one. source i32 [M*k]: sorted row p

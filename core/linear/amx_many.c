@@ -291,11 +291,20 @@ static void added_columns(const wane_op *op, int64_t k, int64_t columns, char *o
 }
 
 /* Four tiles, columns [k, k + 32) of dx's rows [m, m + 32): rows 0 to 15, columns 0 to 15 and 16 to 31; rows 16 to 31. */
-static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64_t k) {
+static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64_t k, int onto) {
   int64_t count = least(32, a->K - k);
   for (int64_t i = 0; i < least(32, a->M - m); i++) {
     const float *row = c + i / 16 * 512 + i % 16 * 16;
-    put_row(a->y, a->dtype, (m + i) * a->K + k, _mm512_loadu_ps(row), _mm512_loadu_ps(row + 256), count);
+    int64_t at = (m + i) * a->K + k;
+    __m512 lo = _mm512_loadu_ps(row), hi = _mm512_loadu_ps(row + 256);
+    if (onto) {
+      float old[32] = { 0 };
+      for (int64_t j = 0; count < 32 && j < count; j++) old[j] = wane_float_at(a->y, a->dtype, at + j);
+      for (int64_t j = 0; count == 32 && j < 32; j += 8) _mm256_storeu_ps(old + j, avx2_load(a->y, a->dtype, at + j));
+      lo = _mm512_add_ps(lo, _mm512_loadu_ps(old));
+      hi = _mm512_add_ps(hi, _mm512_loadu_ps(old + 16));
+    }
+    put_row(a->y, a->dtype, at, lo, hi, count);
   }
 }
 
@@ -340,7 +349,7 @@ static void set_decoded(char *scratch, name now) {
 
 /* A unit: rows [m0, m1) of x times the outputs from o on. w: W's tiles, pairs of rows of tiles `stride` bytes apart, of tiles [p, p + part). */
 WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t tiles, int64_t p,
-                             int64_t part, int back) {
+                             int64_t part, int back, int onto) {
   int64_t outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
   int64_t run = amx_run_of(part), phased = cut->phased;
   float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
@@ -354,7 +363,7 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
         if (back) multiply(x0, x1, w0, w1, least(run, part - k), c, p + k == 0, 1, 0);
         else multiply(w0, w1, x0, x1, least(run, part - k), c, p + k == 0, a->M - m > 16, 1);
         if (!last) continue;
-        if (back) put_rows(a, c, m, o + 32 * i); else amx_put_tiles(a, c, m, o + 32 * i);
+        if (back) put_rows(a, c, m, o + 32 * i, onto); else amx_put_tiles(a, c, m, o + 32 * i);
       }
     }
 }
@@ -383,7 +392,7 @@ WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
         else if (more) added_rows(op, o, count, scratch + part * TILE_BYTES, stride);
         set_decoded(scratch, name);
       }
-      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), tiles + added, p, part + more, back);
+      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), tiles + added, p, part + more, back, op->i[WANE_LINEAR_ONTO]);
     }
   }
   wane_tiles_off();

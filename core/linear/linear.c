@@ -35,6 +35,7 @@ typedef struct product {
   void *work;
   const float *u, *factor;               /* a low-rank product beside it: see WANE_LINEAR_RANK */
   int64_t rank;
+  int onto;                              /* y holds something that is added to: see WANE_LINEAR_ONTO */
 } product;
 
 /* Fills a fresh record with everything that all ops of a product share. rows [m0, m0 + rows) of x and y. */
@@ -85,6 +86,7 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
   if (p->rank) {
     op->i[WANE_LINEAR_RANK] = (int32_t)p->rank;
     op->p[WANE_LINEAR_X] = (void *)p->factor;
+    op->i[WANE_LINEAR_ONTO] = p->onto;
   }
   if (multiply == WANE_OP_LINEAR_ROWS) op->nchunks = at_most(wane_chunks(weights * ((rows + 3) / 4), 1 << 16), p->out);
   else if (multiply == WANE_OP_LINEAR_MANY) op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 23) / 24 * ((rows + 127) / 128));
@@ -148,10 +150,12 @@ static int check_compute(int compute) {
   return WANE_OK;
 }
 
-/* A low-rank product beside one: handles of u [M, r] and of its other factor, [out, r] or, `turned`, [r, out]. */
+/* A low-rank product beside one: handles of u [M, r] and of its other factor, [out, r] or, `turned`, [r, out]. onto: a tensor of the result's shape and dtype
+ * to add the whole to, or NULL. */
 typedef struct beside {
   const wane_handle *u, *factor;
   int turned;
+  const wane_handle *onto;
 } beside;
 
 /* Takes it, where the kernels can. WANE_E_UNSUPPORTED without a message: they cannot. */
@@ -164,6 +168,12 @@ static int take_beside(wane_stream *s, product *p, const beside *a, int rows) {
                      wane_shape_text(factor), wane_shape_text(u), (long long)p->M, (long long)p->out);
   if (rows || p->compute == WANE_COMPUTE_F32 || p->group == WANE_GROUP_LLM_INT8 || u->shape[1] > 128 || p->width == 0 || !wane_is_contiguous(u) ||
       !wane_is_contiguous(factor) || !wane_cpu_backend()->ops[WANE_OP_LINEAR_ADDS]) return WANE_E_UNSUPPORTED;
+  if (a->onto) {
+    wane_tensor *onto = wane_use(s, a->onto, "onto");
+    if (!onto) return WANE_E_STALE;
+    p->onto = onto->dtype == p->x->dtype && wane_is_contiguous(onto) && wane_numel(onto) == p->M * p->out;
+    if (p->onto) p->y = onto;
+  }
   p->u = (const float *)(const void *)u->data; p->factor = (const float *)(const void *)factor->data; p->rank = u->shape[1];
   return WANE_OK;
 }
@@ -205,7 +215,7 @@ static int forward(wane_stream *s, wane_handle *y, const wane_handle *x, const w
   return status;
 }
 
-/* The gradient of x; `beside`, `added` as above. */
+/* The gradient of x; `beside`, `added` as above, *added 2 where the result was added to what lay there and dx stays as it was. */
 static int backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, const wane_handle *w, int compute, const beside *beside, int *added) {
   product p = { .compute = compute & ~WANE_COMPUTE_INVARIANT, .threshold = -1 };
   wane_handle xhold = { 0 }, whold = { 0 };
@@ -218,11 +228,11 @@ static int backward(wane_stream *s, wane_handle *dx, const wane_handle *dy, cons
   if (status == WANE_OK) {
     if (beside) {
       status = take_beside(s, &p, beside, 0);
-      *added = status == WANE_OK;
+      *added = status == WANE_OK ? 1 + p.onto : 0;
       if (status == WANE_E_UNSUPPORTED) status = WANE_OK;
     }
     if (status == WANE_OK) status = product_run(s, &p, WANE_OP_LINEAR_BACK_PACK, WANE_OP_LINEAR_BACK);
-    if (status != WANE_OK) wane_tensor_free(dx);
+    if (status != WANE_OK || p.onto) wane_tensor_free(dx);
   }
   wane_tensor_free(&xhold);
   wane_tensor_free(&whold);
@@ -243,7 +253,7 @@ int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_
                      const wane_handle *B, const wane_lora_options *o, int compute, float threshold) {
   wane_handle made[2] = { { NULL, 0, 0 } };
   int added = 0, status = wane_lora_down(s, &made[1], x, A, o->scale, o->p, o->seed, o->offset);
-  if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0 }, &added);
+  if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0, NULL }, &added);
   if (status == WANE_OK && !added) status = wane_lora_up(s, &made[0], &made[1], B);
   if (status != WANE_OK) {
     for (int i = 0; i < 2; i++) if (made[i].t) wane_tensor_free(&made[i]);
@@ -254,17 +264,19 @@ int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_
 }
 
 int wane_linear_lora_backward(wane_stream *s, wane_handle *dx, wane_handle *dA, wane_handle *dB, const wane_handle *dy, const wane_handle *x, const wane_handle *u,
-                              const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *o, int compute) {
+                              const wane_handle *w, const wane_handle *A, const wane_handle *B, const wane_lora_options *o, int compute, const wane_handle *onto, int *was_added) {
   wane_handle made[4] = { { NULL, 0, 0 } };                                /* dx, dA, dB, du */
   int added = 0, status = wane_lora_up_backward(s, &made[3], &made[2], dy, u, B, o->scale);
-  if (status == WANE_OK && dx) status = backward(s, &made[0], dy, w, compute, o->p == 0 ? &(beside){ &made[3], A, 1 } : NULL, &added);
+  if (status == WANE_OK && dx) status = backward(s, &made[0], dy, w, compute, o->p == 0 ? &(beside){ &made[3], A, 1, onto } : NULL, &added);
+  if (added == 2) made[0] = (wane_handle){ NULL, 0, 0 };
   if (status == WANE_OK) status = wane_lora_down_backward(s, dx && !added ? &made[0] : NULL, &made[1], &made[3], x, A, o->p, o->seed, o->offset);
   if (made[3].t) wane_tensor_free(&made[3]);
   if (status != WANE_OK) {
     for (int i = 0; i < 3; i++) if (made[i].t) wane_tensor_free(&made[i]);
     return status;
   }
-  if (dx) *dx = made[0];
+  if (was_added) *was_added = added == 2;
+  if (dx && added != 2) *dx = made[0];
   *dA = made[1]; *dB = made[2];
   return WANE_OK;
 }

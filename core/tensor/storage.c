@@ -281,6 +281,11 @@ void wane_tensor_free(wane_handle *h) {
   if (t) tensor_unref(t);
 }
 
+int wane_tensor_sole(const wane_handle *h) {
+  const wane_tensor *t = h ? h->t : NULL;
+  return t && t->gen == h->gen && t->refs == 1 && t->storage && t->storage->refs == 1;
+}
+
 int wane_tensor_retain(wane_stream *s, wane_handle *out, const wane_handle *h) {
   wane_tensor *t = wane_use(s, h, "tensor");
   if (!t) return WANE_E_STALE;

@@ -186,6 +186,15 @@ local function to_node(node, g)
   end
 end
 
+--- The gradient of t that came another way so far, if a backward may add its own to it in place: nobody else waits for it or sees its values.
+-- The backward then returns this tensor.
+-- @return wane.Tensor|nil
+function M.target(t)
+  local node = rawget(t, "node")
+  local g = node and node.grad
+  if g and uses[g] == 1 and not M.anomaly and not rawget(g, "kept") and C.wane_tensor_sole(g.h) == 1 then return g end
+end
+
 local function by_serial(a, b) return a.serial < b.serial end
 
 -- Adds every node that leads to `root` and was not found before to `stack`, which is in rising order of serial numbers. What a checkpoint
@@ -219,7 +228,8 @@ local function distribute(node, dy, ...)
       if M.anomaly then
         look(g, "backward of '%s' gave the first gradient that is not finite (input %d); the op was called at:%s", node.name, i, tostring(node.traceback))
       end
-      if rawget(t, "node") then to_node(t.node, g) else to_leaf(t, g) end
+      if not rawget(t, "node") then to_leaf(t, g)
+      elseif t.node.grad ~= g then to_node(t.node, g) end                 -- else it was added to in place
     end
   end
   for i = 1, inputs.n do                       -- what nobody waits for: of leaves, and what was not asked for

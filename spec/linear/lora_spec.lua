@@ -210,7 +210,7 @@ describe("a product with an adapter, as one op,", function()
                 local what = ("%s %s, dtype %d, p %g"):format(level, table.concat(c, " "), dtype, p)
                 local y, u, dx, dA, dB = S.handle(), S.handle(), S.handle(), S.handle(), S.handle()
                 core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, bias.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, threshold))
-                core.check(C.wane_linear_lora_backward(s(), dx, dA, dB, dy.h, x.h, u, w.h, A.h, B.h, o, C.WANE_COMPUTE_BF16))
+                core.check(C.wane_linear_lora_backward(s(), dx, dA, dB, dy.h, x.h, u, w.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, nil, nil))
                 local y2, u2, du, dx2, dA2, dB2 = S.handle(), S.handle(), S.handle(), S.handle(), S.handle(), S.handle()
                 core.check(C.wane_linear(s(), y2, x.h, w.h, bias.h, C.WANE_COMPUTE_BF16, threshold))
                 core.check(C.wane_lora_down(s(), u2, x.h, A.h, 1.5, p, 7, 0))
@@ -243,6 +243,30 @@ describe("a product with an adapter, as one op,", function()
     core.check(C.wane_linear(s(), plain, x.h, w.h, nil, C.WANE_COMPUTE_BF16, -1))
     local moved, want = (values(y) - values(plain)):mean():item(), (B:sum(2) * 1.25):mean():item()
     assert.is_true(math.abs(moved) > 0.25 * math.abs(want), ("moved by %g, wanted %g"):format(moved, want))
+  end)
+
+  it("adds to a gradient that is there, where tiles multiply, else says that it did not", function()
+    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 } } do
+      local M, K, N, r = unpack(c)
+      local w, A, B, u = F.cast(randn(2, N, K), C.WANE_BF16), randn(3, r, K), randn(4, N, r), randn(7, M, r)
+      for _, dtype in ipairs { C.WANE_F32, C.WANE_BF16 } do
+        local x, dy, old = F.cast(randn(1, M, K), dtype), F.cast(randn(5, M, N), dtype), F.cast(randn(8, M, K) * 50, dtype)
+        S.each_level(function(level)
+          local o, was_added = ffi.new("wane_lora_options", { scale = 1 }), ffi.new "int[1]"
+          local onto, dx, plain, dA, dB = F.binary_scalar(old, 0, C.WANE_ADD), S.handle(), S.handle(), S.handle(), S.handle()
+          local function run(target, place)
+            core.check(C.wane_linear_lora_backward(s(), target, dA, dB, dy.h, x.h, u.h, w.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, place, was_added))
+            wrap(dA) wrap(dB)
+            dA, dB = S.handle(), S.handle()
+          end
+          run(plain, nil)
+          run(dx, onto.h)
+          assert.equal(level == C.WANE_CPU_AMX and 1 or 0, was_added[0])
+          local got = was_added[0] == 1 and F.cast(onto, C.WANE_F32) or values(dx) + F.cast(old, C.WANE_F32)
+          assert.is_true(apart(got, values(plain) + F.cast(old, C.WANE_F32)) <= (dtype == C.WANE_F32 and 2e-6 or 2 ^ -7))
+        end)
+      end
+    end
   end)
 
   it("refuses factors of other shapes", function()

@@ -285,4 +285,33 @@ describe("the loss of a model", function()
     print(("  masked labels: largest difference of the gradient %.2g"):format(worst))
     assert.is_true(worst <= 1e-6)
   end)
+
+  -- Where tiles multiply, the second adapter adds to the first one's gradient in place; what is shared must stay as it is.
+  it("adds up gradients that meet, of adapters and of a residual, and leaves those that others wait for", function()
+    local rows, width, out = 40, 64, 96
+    local function bf16(t) return F.cast(t, C.WANE_BF16) end
+    local x, w1, w2 = random(1, 1, rows, width), bf16(random(2, 0.1, out, width)), bf16(random(3, 0.1, width, width))
+    local function part(seed, n)
+      return { A = autograd.leaf(random(seed, 0.1, 8, width)), B = autograd.leaf(random(seed + 1, 0.1, n, 8)), scale = 1 }
+    end
+    local p1, p2, p3 = part(10, out), part(12, out), part(14, width)
+    local function weight(p, w) return F.cast(w, C.WANE_F32) + F.matmul(p.B, p.A) end
+    local function run(linear)
+      local leaf = autograd.leaf(x:clone())
+      autograd.record(function()
+        local z = bf16(leaf)
+        local a, b = linear(z, w1, p1), linear(z, w1, p2)
+        local c = F.add(z, linear(z, w2, p3))                     -- its gradient goes to z and into the product
+        local d = F.add(c, linear(c, w2, p3))
+        local function weigh(y, seed) return F.sum(F.sum(F.binary(F.cast(y, C.WANE_F32), random(seed, 1, unpack(y:shape())), C.WANE_MUL), -1), 0) end
+        return F.add(F.add(weigh(a, 20), weigh(b, 21)), weigh(d, 22))
+      end):backward()
+      return leaf.grad
+    end
+    local got = run(function(y, w, p) return F.linear_lora(y, w, nil, { p }, C.WANE_COMPUTE_BF16) end)
+    local want = run(function(y, w, p) return F.linear(F.cast(y, C.WANE_F32), weight(p, w), nil, C.WANE_COMPUTE_F32) end)
+    local d = ((got - want):abs():max() / want:abs():max()):item()
+    print(("  gradients that meet: within %.1e of the largest"):format(d))
+    assert.is_true(d < 0.01)
+  end)
 end)

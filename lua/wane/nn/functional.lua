@@ -57,7 +57,7 @@ function F.linear(x, weight, bias, compute, threshold)
   end)
 end
 
-local lora_options = ffi.new "wane_lora_options"
+local lora_options, was_added = ffi.new "wane_lora_options", ffi.new "int[1]"
 local function options_of(part, seed)
   lora_options.scale, lora_options.p, lora_options.seed, lora_options.offset = part.scale, seed and part.dropout or 0, seed or 0, 0
   return lora_options
@@ -88,8 +88,9 @@ function F.linear_lora(x, weight, bias, parts, compute, threshold)
     for i, part in ipairs(parts) do
       local dx, dA, dB, o = needs(x) and handle() or nil, handle(), handle(), options_of(part, seeds[i])
       if i == 1 then
-        check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute))
-        grads[1] = dx and wrap(dx) or nil
+        local onto = dx and autograd.target(x)
+        check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute, h(onto), was_added))
+        if dx then grads[1] = onto and was_added[0] == 1 and onto or wrap(dx) end
       else
         local du = handle()
         check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, o.scale))
