@@ -37,13 +37,14 @@ VEC void split(vf x, uint16_t *hi, uint16_t *lo) {
 /* 32 values of a row of x: zeros beyond its end. */
 VEC __m512i part(const uint16_t *row, int64_t left) { return load_bf16(row, WANE_BF16, 0, left); }
 
-/* Four tiles c, [2][2] with rows `c_row` bytes apart, (+)= `steps` products: a0 and a1, rows `a_row` bytes apart, times b0 and, if two, b1. Steps in bytes. */
+/* Four tiles c (down: of a1, right: of b1, in floats; rows `c_row` bytes apart) (+)= `steps` products of a0 and a1, rows `a_row` bytes apart, with b0 and,
+ * if two, b1. Steps in bytes. */
 VEC void product(const char *a0, const char *a1, int64_t a_row, int64_t a_step, const char *b0, const char *b1, int64_t b_step, int64_t steps,
-                 float *c, int64_t c_down, int64_t c_row, int add, const int two) {
+                 float *c, int64_t c_down, int64_t c_right, int64_t c_row, int add, const int two) {
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   if (add) {
     _tile_loadd(0, c, c_row); _tile_loadd(2, c + c_down, c_row);
-    if (two) { _tile_loadd(1, (char *)c + (c_row == 64 ? TILE_BYTES : 64), c_row); _tile_loadd(3, (char *)(c + c_down) + (c_row == 64 ? TILE_BYTES : 64), c_row); }
+    if (two) { _tile_loadd(1, c + c_right, c_row); _tile_loadd(3, c + c_down + c_right, c_row); }
   }
   for (int64_t i = 0; i < steps; i++, a0 += a_step, a1 += a_step, b0 += b_step, b1 += b_step) {
     _tile_loadd(6, b0, 64);
@@ -58,7 +59,7 @@ VEC void product(const char *a0, const char *a1, int64_t a_row, int64_t a_step, 
     }
   }
   _tile_stored(0, c, c_row); _tile_stored(2, c + c_down, c_row);
-  if (two) { _tile_stored(1, (char *)c + (c_row == 64 ? TILE_BYTES : 64), c_row); _tile_stored(3, (char *)(c + c_down) + (c_row == 64 ? TILE_BYTES : 64), c_row); }
+  if (two) { _tile_stored(1, c + c_right, c_row); _tile_stored(3, c + c_down + c_right, c_row); }
 }
 
 /* c (two tiles) (+)= `steps` products of a's tiles with pairs of tiles at b. */
@@ -106,14 +107,15 @@ static void rows_panel(const wane_op *op, const char *w, int64_t tiles, int64_t 
   if (M - m < 32 || steps * 32 < n) {                                     /* rows or columns are missing: a copy has zeros */
     steps = (n + 31) / 32;
     for (int64_t i = 0; i < 32; i++)
-      for (int64_t k = 0; k < steps; k++) _mm512_storeu_si512(spare + (i * steps + k) * 64, m + i < M ? part(x + i * C + 32 * k, n - 32 * k) : _mm512_setzero_si512());
+      for (int64_t k = 0; k < steps; k++)
+        _mm512_storeu_si512(spare + (i * steps + k) * 64, m + i < M ? part(x + i * C + 32 * k, n - 32 * k) : _mm512_setzero_si512());
     a = spare;
     row = steps * 64;
   }
   for (int64_t q = 0; q + 1 < tiles; q += 2)
-    product(a, a + 16 * row, row, 64, w + q * TILE_BYTES, w + (q + 1) * TILE_BYTES, tiles * TILE_BYTES, steps, sums + q * 16, 16 * wide, wide * 4, c > 0, 1);
+    product(a, a + 16 * row, row, 64, w + q * TILE_BYTES, w + (q + 1) * TILE_BYTES, tiles * TILE_BYTES, steps, sums + q * 16, 16 * wide, 16, wide * 4, c > 0, 1);
   if (tiles % 2)
-    product(a, a + 16 * row, row, 64, w + (tiles - 1) * TILE_BYTES, w, tiles * TILE_BYTES, steps, sums + (tiles - 1) * 16, 16 * wide, wide * 4, c > 0, 0);
+    product(a, a + 16 * row, row, 64, w + (tiles - 1) * TILE_BYTES, w, tiles * TILE_BYTES, steps, sums + (tiles - 1) * 16, 16 * wide, 16, wide * 4, c > 0, 0);
 }
 
 /* u = scale x W^T of rows [lo, hi), to `out`. */
@@ -182,7 +184,8 @@ static char *block_open(block *b, const wane_op *op, char *at) {
 VEC void four_rows(const block *b, const float *u, char *out) {
   vf x = vf_load(u), y = vf_load(u + 16);
   __m512i hi = to_bf16(x, y);
-  vf high_x = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 0)), 16)), high_y = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 1)), 16));
+  vf high_x = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 0)), 16));
+  vf high_y = vf_bits(vi_sll(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(hi, 1)), 16));
   __m512i lo = to_bf16(vf_sub(x, high_x), vf_sub(y, high_y));
   for (int k = 0; k < 4; k++) _mm512_storeu_si512(out + 64 * k, _mm512_maskz_mov_epi64(0x3f, _mm512_permutex2var_epi16(hi, b->eights[k], lo)));
 }
@@ -249,7 +252,7 @@ static void strip_y(strip *t, int64_t i) {
   int64_t C = t->op->n[WANE_LORA_C], tiles = up(t->width, 32) / 16, left = t->width - i;
   for (int64_t m = 0; m < t->b.rows; m += 32) {
     const char *u = t->b.u + m / 16 * t->b.S * TILE_BYTES, *w = t->w + i / 16 * TILE_BYTES;
-    product(u, u + t->b.S * TILE_BYTES, 64, TILE_BYTES, w, w + TILE_BYTES, tiles * TILE_BYTES, t->b.S, t->y, 2 * BESIDE, 64, 0, 1);
+    product(u, u + t->b.S * TILE_BYTES, 64, TILE_BYTES, w, w + TILE_BYTES, tiles * TILE_BYTES, t->b.S, t->y, 2 * BESIDE, BESIDE, 64, 0, 1);
     uint16_t *y = (uint16_t *)t->op->p[WANE_LORA_Y] + (t->b.m + m) * C + t->c + i;
     for (int64_t k = 0; k < least(32, t->b.rows - m); k++, y += C) {
       const float *c = t->y + k / 16 * 2 * BESIDE + k % 16 * 16;
@@ -330,7 +333,7 @@ static void gradient(const wane_op *op, uint32_t part) {
         pair_rows(op, &b, c, x);
         for (int64_t q = 0; q < b.Q; q += 2) {
           const char *a0 = b.ut + q * row;
-          if (q + 1 < b.Q) product(a0, a0 + row, 64, TILE_BYTES, x, x + TILE_BYTES, 2 * TILE_BYTES, steps, dw + q * 2 * BESIDE, 2 * BESIDE, 64, m > lo, 1);
+          if (q + 1 < b.Q) product(a0, a0 + row, 64, TILE_BYTES, x, x + TILE_BYTES, 2 * TILE_BYTES, steps, dw + q * 2 * BESIDE, 2 * BESIDE, BESIDE, 64, m > lo, 1);
           else product_single(a0, x, steps, dw + q * 2 * BESIDE, m > lo);
         }
       }

@@ -188,7 +188,7 @@ static operand keys_operand(const wane_op *op, int x, int64_t b, int64_t kv, int
 
 /* A chunk: rows of one (b, kv head), and its scratch memory. Tiles: q [row tiles][DP / 32], k [8][DP / 32], vt [DP / 16][4]; for each two of the row
  * tiles p [4][2], s [8][2], o [DP / 16][2]. */
-typedef struct front {
+typedef struct forward_chunk {
   const wane_op *op;
   int64_t b, kv, DP, count, padded;
   int64_t out[FORWARD_ROWS], lse[FORWARD_ROWS];
@@ -198,9 +198,9 @@ typedef struct front {
   orders orders;
   char *kt, *qt, *vt, *p;
   float *s, *o, *max, *sum;
-} front;
+} forward_chunk;
 
-static void front_open(front *z, const wane_op *op, uint32_t chunk) {
+static void forward_open(forward_chunk *z, const wane_op *op, uint32_t chunk) {
   int64_t H = op->n[1], KV = op->n[2], T = op->n[3], G = H / KV, all = T * G, per = op->n[8], blocks = (all + per - 1) / per, heads = op->n[0] * KV;
   int64_t unit = (int64_t)op->nchunks - 1 - chunk, row0 = unit / heads * per, D = op->n[4], t = row0 / G, g = row0 % G;
   const int64_t *st = op->stride[0];
@@ -235,7 +235,7 @@ static void front_open(front *z, const wane_op *op, uint32_t chunk) {
 }
 
 /* Scores of row tile i + x and squares [first, last) of keys to weights, and the rows' sums to their new maximum. */
-VEC void weigh(front *z, int64_t i, int x, int64_t j, int first, int last, const int dress) {
+VEC void weigh(forward_chunk *z, int64_t i, int x, int64_t j, int first, int last, const int dress) {
   const wane_op *op = z->op;
   const uint8_t *mask = dress ? mask_of(op, z->b) : NULL;
   const float *scores = z->s + (i / 2 * 2 * KEY_TILES + x) * FLOATS;
@@ -272,7 +272,7 @@ VEC void weigh(front *z, int64_t i, int x, int64_t j, int first, int last, const
 }
 
 /* All rows against the keys from j on. Products come before all of what reads them: a tile's store is not forwarded to loads. */
-static void front_keys(front *z, int64_t j) {
+static void forward_keys(forward_chunk *z, int64_t j) {
   int64_t steps = z->DP / 32, columns = z->DP / 16, squares = z->padded / SQUARE;
   int first[FORWARD_ROWS / SQUARE], last[FORWARD_ROWS / SQUARE], dress[FORWARD_ROWS / SQUARE], any = 0;
   for (int64_t i = 0; i < squares; i++) {
@@ -306,7 +306,7 @@ static void front_keys(front *z, int64_t j) {
                z->o + (i * columns + d) * 2 * FLOATS, 2 * FLOATS, FLOATS, 64, 1);
 }
 
-static void front_finish(front *z) {
+static void forward_finish(forward_chunk *z) {
   float *lse = z->op->p[7];
   for (int64_t i = 0; i < z->count; i += 16) {
     int64_t count = z->count - i < 16 ? z->count - i : 16;
@@ -326,12 +326,12 @@ static void forward(const wane_op *op, uint32_t chunk) {
     vectors_forward(op, chunk);
     return;
   }
-  front z;
-  front_open(&z, op, chunk);
+  forward_chunk z;
+  forward_open(&z, op, chunk);
   wane_tiles_on();
-  for (int64_t j = 0; j < op->n[5]; j += KEYS) front_keys(&z, j);
+  for (int64_t j = 0; j < op->n[5]; j += KEYS) forward_keys(&z, j);
   wane_tiles_off();
-  front_finish(&z);
+  forward_finish(&z);
 }
 
 /* ================================================================ backward */
@@ -342,7 +342,7 @@ static int64_t shared(const wane_op *op) { return op->n[0] * op->n[2] >= UNITS_W
 /* One unit's head, and its scratch memory. Tiles of rows: q and dout, turned [8][DP / 32] and in pairs [4][DP / 16]. Tiles of a block of keys, in a
  * slot: k and v [8][DP / 32], kt [DP / 16][4]. Of 32 keys (two tiles) and the rows: s and dp [2][8], p and ds as first operands [2][4]. Of all keys: ds
  * as the second operand [4][8]. dq [DP / 16][8]. */
-typedef struct behind {
+typedef struct backward_state {
   const wane_op *op;
   int64_t b, head, kv, DP, row0, count, slots;
   int32_t times[ROWS];
@@ -350,17 +350,17 @@ typedef struct behind {
   rows q, dout, packed;
   sight sight;
   orders orders;
-  char *qt, *qp, *dt, *dp_, *p, *ds, *dsp, *keys;
+  char *qt, *qp, *dt, *dop, *p, *ds, *dsp, *keys;
   float *s, *dp, *dq, *dk, *dv;
-} behind;
+} backward_state;
 _Static_assert(4 * ROWS * WIDEST * 2 + (4 * ROW_TILES + 4 * ROW_STEPS + KEY_STEPS * ROW_TILES + WIDEST / 16 * ROW_TILES) * TILE_BYTES <= FIXED_ROOM &&
                FIXED_ROOM + 6 * KEYS * WIDEST <= WANE_SCRATCH, "a block of rows and a block of keys fit into the scratch memory");
 
-static int64_t slot_bytes(const behind *z) { return 3 * KEYS * z->DP * 2; }
+static int64_t slot_bytes(const backward_state *z) { return 3 * KEYS * z->DP * 2; }
 
 static wane_attention_places places(const wane_op *op) { return wane_attention_place(op->n[0] * op->n[1], op->n[3], op->n[5], op->n[4]); }
 
-static void behind_open(behind *z, const wane_op *op, int64_t unit) {
+static void backward_open(backward_state *z, const wane_op *op, int64_t unit) {
   wane_attention_places l = places(op);
   z->op = op;
   z->DP = l.wide;
@@ -372,7 +372,7 @@ static void behind_open(behind *z, const wane_op *op, int64_t unit) {
   z->qt = at; at += rows;
   z->qp = at; at += rows;
   z->dt = at; at += rows;
-  z->dp_ = at; at += rows;
+  z->dop = at; at += rows;
   z->p = at; at += 2 * ROW_STEPS * TILE_BYTES;
   z->ds = at; at += 2 * ROW_STEPS * TILE_BYTES;
   z->dsp = at; at += KEY_STEPS * ROW_TILES * TILE_BYTES;
@@ -384,7 +384,7 @@ static void behind_open(behind *z, const wane_op *op, int64_t unit) {
 }
 
 /* The next rows: what they see, and their tiles. */
-static void behind_rows(behind *z, int64_t row0) {
+static void backward_rows(backward_state *z, int64_t row0) {
   const wane_op *op = z->op;
   int64_t H = op->n[1], T = op->n[3], D = op->n[4], unit = z->b * H + z->head, DP = z->DP;
   const int64_t *st = op->stride[0];
@@ -409,13 +409,13 @@ static void behind_rows(behind *z, int64_t row0) {
       pack_rows(&z->dout, 16 * h, DP, 1, tile_at(z->dt, h * DP / 32));
     }
     pack_pairs(&z->q, SQUARE * t, DP, &z->orders, 0, tile_at(z->qp, t * DP / 16), TILE_BYTES);
-    pack_pairs(&z->dout, SQUARE * t, DP, &z->orders, 0, tile_at(z->dp_, t * DP / 16), TILE_BYTES);
+    pack_pairs(&z->dout, SQUARE * t, DP, &z->orders, 0, tile_at(z->dop, t * DP / 16), TILE_BYTES);
   }
   memset(z->dq, 0, (size_t)(ROWS * DP) * sizeof(float));
 }
 
 /* The tiles of the keys from j on. */
-static void behind_pack(behind *z, int64_t j, char *slot) {
+static void backward_pack(backward_state *z, int64_t j, char *slot) {
   int64_t steps = z->DP / 32;
   rows *m = &z->packed;
   if (!in_place(z->op, j)) {
@@ -428,17 +428,17 @@ static void behind_pack(behind *z, int64_t j, char *slot) {
 }
 
 /* A block's dk and dv begin as zeros; its tiles go into the slot if there is one to stay in. */
-static void behind_keys(behind *z, int64_t j, char *slot) {
+static void backward_keys(backward_state *z, int64_t j, char *slot) {
   int64_t count = (z->op->n[5] - j + WANE_ATTENTION_KEYS - 1) / WANE_ATTENTION_KEYS * WANE_ATTENTION_KEYS;
   if (count > KEYS) count = KEYS;
   memset(z->dk + j * z->DP, 0, (size_t)(count * z->DP) * sizeof(float));
   memset(z->dv + j * z->DP, 0, (size_t)(count * z->DP) * sizeof(float));
-  if (slot) behind_pack(z, j, slot);
+  if (slot) backward_pack(z, j, slot);
 }
 
 /* Two keys (of tile t of two, of its 16 the one numbered `key` and the next; the first of all is j) and two row tiles from x on: weights and their
  * gradients, as operands; y: which 32 of the block's keys they belong to. delta: times the scale. */
-VEC void slopes(const behind *z, int64_t j, int y, int t, int key, int x, const vf lse[2], const vf delta[2], const vi lo[2], const vi hi[2], const int dress) {
+VEC void slopes(const backward_state *z, int64_t j, int y, int t, int key, int x, const vf lse[2], const vf delta[2], const vi lo[2], const vi hi[2], const int dress) {
   const wane_op *op = z->op;
   vf base = vf_set1(op->f[0] * 1.44269504f), scale = vf_set1(op->f[0]), p[2][2], ds[2][2];
   const uint8_t *mask = dress ? mask_of(op, z->b) : NULL;
@@ -460,7 +460,7 @@ VEC void slopes(const behind *z, int64_t j, int y, int t, int key, int x, const 
 }
 
 /* p and ds of 32 keys from j on, y of the block, and of row tiles x and x + 1. */
-static void behind_square(behind *z, int64_t j, int y, int x, int all) {
+static void backward_square(backward_state *z, int64_t j, int y, int x, int all) {
   vf lse[2], delta[2];
   vi lo[2], hi[2];
   for (int h = 0; h < 2; h++) {
@@ -474,23 +474,23 @@ static void behind_square(behind *z, int64_t j, int y, int x, int all) {
 }
 
 /* The rows against 32 keys, y of the block at j whose tiles are in `slot`: squares [x0, x1) of rows, from the first to the last that sees some. */
-static void behind_meet(behind *z, const char *slot, int64_t j, int y, int x0, int x1) {
+static void backward_meet(backward_state *z, const char *slot, int64_t j, int y, int x0, int x1) {
   int64_t steps = z->DP / 32, columns = z->DP / 16, wide = z->DP, key = j + SQUARE * y;
   operand k = keys_operand(z->op, 1, z->b, z->kv, j, y, slot), v = keys_operand(z->op, 2, z->b, z->kv, j, y, slot + KEY_TILES * steps * TILE_BYTES);
   for (int x = x0; x < x1; x++) {                          /* all products before what reads them: a tile's store is not forwarded to loads */
     product4(k, tile_at(z->qt, 2 * x * steps), steps, 1, steps, z->s + 2 * x * FLOATS, ROW_TILES * FLOATS, FLOATS, 64, 0);
     product4(v, tile_at(z->dt, 2 * x * steps), steps, 1, steps, z->dp + 2 * x * FLOATS, ROW_TILES * FLOATS, FLOATS, 64, 0);
   }
-  for (int x = x0; x < x1; x++) behind_square(z, key, y, 2 * x, sees_all(&z->sight, x, key) && (x + 1) * SQUARE <= z->count);
+  for (int x = x0; x < x1; x++) backward_square(z, key, y, 2 * x, sees_all(&z->sight, x, key) && (x + 1) * SQUARE <= z->count);
   for (int64_t d = 0; d < columns; d += 2) {
     int64_t at = key * wide + 16 * d;
-    product4(tiles_of(z->p, x0, ROW_STEPS), tile_at(z->dp_, x0 * columns + d), 1, columns, x1 - x0, z->dv + at, 16 * wide, 16, wide * 4, 1);
+    product4(tiles_of(z->p, x0, ROW_STEPS), tile_at(z->dop, x0 * columns + d), 1, columns, x1 - x0, z->dv + at, 16 * wide, 16, wide * 4, 1);
     product4(tiles_of(z->ds, x0, ROW_STEPS), tile_at(z->qp, x0 * columns + d), 1, columns, x1 - x0, z->dk + at, 16 * wide, 16, wide * 4, 1);
   }
 }
 
 /* The rows against the block of keys from j on. */
-static void behind_block(behind *z, const char *slot, int64_t j) {
+static void backward_block(backward_state *z, const char *slot, int64_t j) {
   int64_t steps = z->DP / 32;
   int first[ROW_STEPS] = { 0 }, last[ROW_STEPS] = { 0 };
   for (int y = 0; y < KEY_STEPS; y++) {
@@ -500,7 +500,7 @@ static void behind_block(behind *z, const char *slot, int64_t j) {
         if (x1 == 0) x0 = x;
         x1 = x + 1;
       }
-    if (x0 < x1) behind_meet(z, slot, j, y, x0, x1);
+    if (x0 < x1) backward_meet(z, slot, j, y, x0, x1);
     for (int x = x0; x < x1; x++) {
       for (int i = last[x]; last[x] > 0 && i < y; i++) memset(tile_at(z->dsp, i * ROW_TILES + 2 * x), 0, 2 * TILE_BYTES);   /* a gap in what is seen */
       if (last[x] == 0) first[x] = y;
@@ -514,7 +514,7 @@ static void behind_block(behind *z, const char *slot, int64_t j) {
 }
 
 /* dq of the rows. */
-static void behind_put(const behind *z) {
+static void backward_put(const backward_state *z) {
   const wane_op *op = z->op;
   static const float one[16] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
   for (int64_t x = 0; x * 16 < z->count; x++)                /* dq lies as dout does */
@@ -523,32 +523,32 @@ static void behind_put(const behind *z) {
                  d, op->n[4]);
 }
 
-static void behind_unit(const wane_op *op, int64_t unit) {
-  behind z;
+static void backward_unit(const wane_op *op, int64_t unit) {
+  backward_state z;
   int64_t T = op->n[3], keys = op->n[5], H = op->n[1], heads = shared(op), ready = 0;     /* ready: blocks of keys begun so far */
-  behind_open(&z, op, unit);
+  backward_open(&z, op, unit);
   int stay = (keys + KEYS - 1) / KEYS <= z.slots;           /* all of the keys' tiles stay from the first rows that see them */
   for (int64_t h = unit * heads; h < (unit + 1) * heads; h++) {
     z.b = h / H; z.head = h % H; z.kv = z.head / (H / op->n[2]);
     for (int64_t r = 0; r < T; r += ROWS) {
-      behind_rows(&z, r);
+      backward_rows(&z, r);
       for (int64_t j = 0; j < keys; j += KEYS) {
         char *slot = z.keys + (stay ? j / KEYS * slot_bytes(&z) : 0);
         int any = 0;
         for (int i = 0; i < ROW_STEPS * KEY_STEPS; i++) any |= sees_some(&z.sight, i / KEY_STEPS, j + i % KEY_STEPS * SQUARE);
         if (!any) continue;
-        for (; ready <= j / KEYS; ready++) behind_keys(&z, ready * KEYS, stay ? z.keys + ready * slot_bytes(&z) : NULL);
-        if (!stay) behind_pack(&z, j, slot);
-        behind_block(&z, slot, j);
+        for (; ready <= j / KEYS; ready++) backward_keys(&z, ready * KEYS, stay ? z.keys + ready * slot_bytes(&z) : NULL);
+        if (!stay) backward_pack(&z, j, slot);
+        backward_block(&z, slot, j);
       }
-      behind_put(&z);
+      backward_put(&z);
     }
   }
-  for (; ready * KEYS < keys; ready++) behind_keys(&z, ready * KEYS, NULL);
+  for (; ready * KEYS < keys; ready++) backward_keys(&z, ready * KEYS, NULL);
 }
 
 /* dk and dv of some keys: sums over the units of a kv head. */
-static void behind_sum(const wane_op *op, uint32_t chunk) {
+static void backward_sum(const wane_op *op, uint32_t chunk) {
   wane_attention_places l = places(op);
   int64_t KV = op->n[2], units = op->n[1] / KV / shared(op), D = op->n[4], keys = op->n[5], lo, hi;
   wane_op_range(op, chunk, op->n[0] * keys, 1, &lo, &hi);
@@ -570,11 +570,11 @@ static void backward(const wane_op *op, uint32_t chunk) {
     vectors_backward(op, chunk);
     return;
   }
-  if (op->i[4] == 2) { behind_sum(op, chunk); return; }
+  if (op->i[4] == 2) { backward_sum(op, chunk); return; }
   wane_op_range(op, chunk, op->n[0] * op->n[1] / shared(op), 1, &lo, &hi);
   if (lo == hi) return;
   wane_tiles_on();
-  for (int64_t unit = lo; unit < hi; unit++) behind_unit(op, unit);
+  for (int64_t unit = lo; unit < hi; unit++) backward_unit(op, unit);
   wane_tiles_off();
 }
 
