@@ -151,10 +151,11 @@ static void slope(head *h, int64_t m) {
   vf log2e = vf_set1(LOG2E), scale = vf_set1(factor);
   for (int half = 0; half < 2; half++) {
     vf down = vf_neg(vf_load(lse + m + 16 * half));
+    vm ignored = vf_eq(down, vf_set1(-__builtin_inff()));                    /* zeros, whatever their scores are */
     for (int64_t v = 0; v < steps * 32; v += 2) {
       vf p[2];
       for (int k = 0; k < 2; k++)
-        p[k] = v + k < h->count ? vf_mul(vec_exp2_negative(vf_fma(vf_load(score_at(h, v + k, half)), log2e, down)), scale) : vf_zero();
+        p[k] = v + k < h->count ? vf_select(ignored, vf_zero(), vf_mul(vec_exp2_negative(vf_fma(vf_load(score_at(h, v + k, half)), log2e, down)), scale)) : vf_zero();
       _mm512_storeu_si512(h->slopes + (half * steps + v / 32) * TILE_BYTES + v % 32 / 2 * 64, _mm512_permutexvar_epi16(order, to_bf16(p[0], p[1])));
     }
   }

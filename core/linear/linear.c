@@ -94,6 +94,14 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
   wane_op_push(s, op, p->y, NULL);
 }
 
+/* Workspace of a slice: with a low-rank product, at least what rows of 16-bit values in whole tiles take with its 3 r more. */
+static int64_t work_bytes(const product *p, int64_t rows) {
+  int64_t bytes = wane_linear_work_bytes(rows, p->width), tiled;
+  if (bytes < 0 || p->rank == 0) return bytes;
+  tiled = (rows + 31) / 32 * 32 * ((p->width + 63) / 64 * 64 + (3 * p->rank + 31) / 32 * 32) * 2;
+  return bytes > tiled ? bytes : tiled;
+}
+
 /* The whole product: slices of x that share one workspace. */
 static int product_run(wane_stream *s, product *p, int prepare, int multiply) {
   const wane_backend *b = wane_cpu_backend();
@@ -103,7 +111,7 @@ static int product_run(wane_stream *s, product *p, int prepare, int multiply) {
     return wane_fail(WANE_E_UNSUPPORTED, "no kernel multiplies with a %s weight in this way", wane_dtype_name(p->w.dtype));
   if (p->M == 0 || p->out == 0) return WANE_OK;
   if (slice > p->M) slice = p->M;
-  bytes = wane_linear_work_bytes(slice, p->width);
+  bytes = work_bytes(p, slice);
   if (bytes < 0) return wane_fail(WANE_E_SHAPE, "a product of %lld rows of %lld values is too large", (long long)p->M, (long long)p->width);
   if (p->group == WANE_GROUP_LLM_INT8) bytes = wane_int8_plan(p->M, p->width).bytes;
   p->work = wane_workspace(s, (size_t)bytes, &hold);

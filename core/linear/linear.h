@@ -88,7 +88,7 @@ static inline float wane_linear_bias(const wane_linear_args *a, int64_t n) { ret
  * longer x is cut by wane_linear into slices that share one workspace (LLM_INT8 is not: its outlier columns are the whole batch's). */
 enum { WANE_LINEAR_FEW = 8, WANE_LINEAR_SLICE = 1024 };
 
-/* Workspace for `rows` rows of `width` values (K; N for BACK). A layout may use, for rows rounded up to 64 (and to 12) and width rounded
+/* Workspace for `rows` rows of `width` values (K; N for BACK), without a low-rank product. A layout may use, for rows rounded up to 64 (and to 12) and width rounded
  * up to 256: 4 bytes a value, 8 bytes a 32 values, 64 bytes a row; and over all 8 bytes a column and 4 KiB. -1 on overflow. */
 int64_t wane_linear_work_bytes(int64_t rows, int64_t width);
 

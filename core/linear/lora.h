@@ -13,7 +13,8 @@
  *   SUM      dW from the parts' shares                                            chunks: columns
  *
  * where drop(x) = factor * x, factor is 0 for a dropped element and 1 / (1 - p) for a kept one. COLUMNS skips y, dW or both where they
- * are NULL. Sums over c run lane by lane in rising c, sums over m in rising m: no cut of the work changes them. */
+ * are NULL. Sums over c run lane by lane in rising c, sums over m in rising m (GRADIENT: in each part, whose
+ * number the shapes decide, and then over the parts): threads do not change them. */
 #ifndef WANE_LORA_H
 #define WANE_LORA_H
 #include "../include/wane_backend.h"

@@ -7,13 +7,13 @@ enum { LARGEST = 1 << 20 };                /* rows of x; their workspace must st
 /* Can the kernels of this level do it? */
 static int fits(const wane_tensor *w, int compute, int64_t M) {
   int group = wane_linear_group(w->dtype);
-  return wane_cpu_backend()->ops[WANE_OP_LINEAR_NLL_SUMS] && group >= 0 && compute != WANE_COMPUTE_F32 && w->ndim == 2 && w->shape[0] > 0 && w->shape[1] > 0 &&
+  return wane_cpu_backend()->ops[WANE_OP_LINEAR_NLL_SUMS] && group >= 0 && compute > WANE_COMPUTE_F32 && compute <= WANE_COMPUTE_FAST && w->ndim == 2 && w->shape[0] > 0 && w->shape[1] > 0 &&
          (group != WANE_GROUP_FLOAT || wane_is_contiguous(w)) && M > 0 && M <= LARGEST && wane_nll_cut(M, w->shape[1], w->shape[0]).block > 0;
 }
 
 int wane_linear_nll_fits(const wane_handle *w, int compute) {
   wane_tensor *t = w ? w->t : NULL;
-  return t && fits(t, compute & ~WANE_COMPUTE_INVARIANT, 1);
+  return t && t->gen == w->gen && fits(t, compute & ~WANE_COMPUTE_INVARIANT, 1);
 }
 
 /* One of the ops. */
@@ -50,7 +50,8 @@ int wane_linear_nll(wane_stream *s, wane_handle *hnll, wane_handle *hdx, const w
     return wane_fail(WANE_E_UNSUPPORTED, "linear_nll: no kernel takes %s with %s: ask wane_linear_nll_fits first", wane_shape_text(x), wane_shape_text(w));
   wane_handle tmp[2] = { { NULL, 0, 0 } };
   wane_storage *hold = NULL;
-  wane_nll_plan plan = wane_nll_cut(x->shape[0], w->shape[1], w->shape[0]);
+  wane_nll_plan plan = { 0 };
+  if (x->shape[0] > 0) plan = wane_nll_cut(x->shape[0], w->shape[1], w->shape[0]);
   x = wane_contiguous(s, x, &tmp[0]);
   labels = x ? wane_contiguous(s, labels, &tmp[1]) : NULL;
   char *work = labels && x->shape[0] > 0 ? wane_workspace(s, (size_t)plan.bytes, &hold) : NULL;

@@ -4,7 +4,7 @@
  * sums, once for their gradient, which goes into the gradient of x at once. What is written is as large as x, not as the vocabulary.
  *
  *   PACK       x as MANY has it (linear.h)
- *   NLL_SUMS   of each block of W's rows: each row's largest score and sum of 2^(score - largest), base-2 scores    chunks: blocks
+ *   NLL_SUMS   of each block of W's rows: the largest score of each row of x, and its sum of e^(score - largest)     chunks: blocks
  *   NLL_MERGE  each row's nll, and the base-2 logarithm of its sums                                                  one chunk
  *   NLL_SHARES dx of each of a few groups of blocks                                                                  chunks: groups
  *   NLL_DX     their sum, in the order of the groups                                                                 chunks: 32 rows

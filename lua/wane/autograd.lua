@@ -186,8 +186,11 @@ local function to_node(node, g)
   end
 end
 
+--- What a backward returns for an input to whose gradient it added in place.
+M.IN_PLACE = {}
+
 --- The gradient of t that came another way so far, if a backward may add its own to it in place: nobody else waits for it or sees its values.
--- The backward then returns this tensor.
+-- A backward that did so returns IN_PLACE for this input.
 -- @return wane.Tensor|nil
 function M.target(t)
   local node = rawget(t, "node")
@@ -224,17 +227,16 @@ local function distribute(node, dy, ...)
   local inputs = node.inputs
   for i = 1, inputs.n do
     local t, g = inputs[i], (select(i, ...))
-    if g and needs(t) then
+    if g and g ~= M.IN_PLACE and needs(t) then
       if M.anomaly then
         look(g, "backward of '%s' gave the first gradient that is not finite (input %d); the op was called at:%s", node.name, i, tostring(node.traceback))
       end
-      if not rawget(t, "node") then to_leaf(t, g)
-      elseif t.node.grad ~= g then to_node(t.node, g) end                 -- else it was added to in place
+      if rawget(t, "node") then to_node(t.node, g) else to_leaf(t, g) end
     end
   end
   for i = 1, inputs.n do                       -- what nobody waits for: of leaves, and what was not asked for
     local g = (select(i, ...))
-    if g and g ~= dy and not uses[g] then g:close() end
+    if g and g ~= dy and g ~= M.IN_PLACE and not uses[g] then g:close() end
   end
 end
 

@@ -15,7 +15,7 @@ local M = {}
 --- A label that is not scored (torch.nn.CrossEntropyLoss).
 M.IGNORED = -100
 
--- Bytes of scores at a time; rows at a time where scores are not written down, each of which takes as much memory as eight of what enters the head.
+-- Bytes of scores at a time; rows at a time where scores are not written down, each of which takes some eight rows of f32 as wide as what enters the head.
 local SCORES, ROWS = 2 ^ 26, 1024
 
 -- Rows at a time: equal parts, of multiples of 32 rows, of at most `most`.
@@ -48,6 +48,7 @@ local function bare_product(model)
   local head = model:find(model.family.head)
   local weight, compute = rawget(head, "weight"), head.compute
   if rawget(model, "head") or rawget(head, "bias") or rawget(head, "adapters") or not (weight and head.in_features) then return nil end
+  if (head.threshold or -1) >= 0 then return nil end                        -- LLM.int8() is another forward
   if not compute then compute = weight:dtype() == "f32" and C.WANE_COMPUTE_F32 or C.WANE_COMPUTE_BF16 end
   if F.linear_nll_fits(weight, compute) then return weight, compute end
 end

@@ -191,7 +191,7 @@ describe("a product with an adapter, as one op,", function()
 
   --- { M, K, N, r }: tiles that end early, several runs, phases and units, the largest rank of tiles and one beyond it, few rows.
   local CASES = { { 64, 192, 96, 8 }, { 33, 100, 70, 8 }, { 40, 64, 64, 16 }, { 40, 4096, 128, 8 }, { 40, 128, 4096, 5 }, { 100, 128, 192, 64 },
-    { 40, 70, 90, 128 }, { 40, 70, 90, 129 }, { 3, 64, 64, 8 }, { 1100, 64, 64, 4 } }
+    { 40, 70, 90, 128 }, { 40, 70, 90, 129 }, { 3, 64, 64, 8 }, { 1100, 64, 64, 4 }, { 448, 256, 64, 128 }, { 448, 64, 256, 128 } }
 
   for _, kind in ipairs { "bf16", "nf4", "int8" } do
     it(kind .. ": gives what the products give one after the other, at every level", function()

@@ -76,7 +76,18 @@ describe("linear_nll", function()
     core.check(C.wane_set_cpu_level(C.WANE_CPU_AVX2))
     assert.is_false(F.linear_nll_fits(w, C.WANE_COMPUTE_BF16))
     core.check(C.wane_set_cpu_level(C.wane_cpu_best()))
+    assert.is_false(F.linear_nll_fits(w, 99))
+    local none = F.linear_nll(F.narrow(x, 0, 0, 0), F.narrow(w, 0, 0, 0), F.narrow(labels_of(20, 50), 0, 0, 0), 1, -100, C.WANE_COMPUTE_BF16)
+    assert.same({ 0 }, none:shape())
     if not has_tiles then return end
+    local hot = x:clone()                                              -- an ignored row without numbers leaves the others alone, and its own gradient 0
+    local bits, n = F.read(hot, "uint16_t")
+    for i = 3 * 64, 4 * 64 - 1 do bits[i] = 0x7fc0 end
+    local _, slope = F.linear_nll(F.upload(bits, C.WANE_BF16, n * 2, 20, 64), w, labels_of(20, 50), 1, -100, C.WANE_COMPUTE_BF16)
+    for i, v in ipairs(S.list(slope.h)) do
+      assert.equal(v, v)
+      if i > 3 * 64 and i <= 4 * 64 then assert.equal(0, v) end
+    end
     assert.is_true(F.linear_nll_fits(w, C.WANE_COMPUTE_BF16))
     assert.is_false(F.linear_nll_fits(cast(randn(2, 3, 20000), C.WANE_BF16), C.WANE_COMPUTE_BF16))
     core.check(call(w, labels_of(20, 50, false, 50)))

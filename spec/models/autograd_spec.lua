@@ -286,6 +286,20 @@ describe("the loss of a model", function()
     assert.is_true(worst <= 1e-6)
   end)
 
+  it("adds up one gradient that comes twice, as a sum of a tensor with itself gives it", function()
+    local function total(make)
+      local leaf = autograd.leaf(F.binary_scalar(random(1, 0, 1, 4), 1, C.WANE_ADD))
+      autograd.record(function() return F.sum(F.sum(make(F.scale(leaf, 1)), -1), 0) end):backward()
+      return leaf.grad:sum():item()
+    end
+    assert.equal(8, total(function(z) return F.add(z, z) end))
+    assert.equal(8, total(function(z) return F.add(F.binary_scalar(z, 1, C.WANE_ADD), z) end))
+    assert.equal(16, total(function(z)
+      local a, b = F.add(z, z), F.add(z, z)
+      return F.add(a, b)
+    end))
+  end)
+
   -- Where tiles multiply, the second adapter adds to the first one's gradient in place; what is shared must stay as it is.
   it("adds up gradients that meet, of adapters and of a residual, and leaves those that others wait for", function()
     local rows, width, out = 40, 64, 96

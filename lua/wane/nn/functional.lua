@@ -88,9 +88,9 @@ function F.linear_lora(x, weight, bias, parts, compute, threshold)
     for i, part in ipairs(parts) do
       local dx, dA, dB, o = needs(x) and handle() or nil, handle(), handle(), options_of(part, seeds[i])
       if i == 1 then
-        local onto = dx and autograd.target(x)
+        local onto = dx and #parts == 1 and autograd.target(x)
         check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute, h(onto), was_added))
-        if dx then grads[1] = onto and was_added[0] == 1 and onto or wrap(dx) end
+        if dx then grads[1] = onto and was_added[0] == 1 and autograd.IN_PLACE or wrap(dx) end
       else
         local du = handle()
         check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, o.scale))
