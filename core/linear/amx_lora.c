@@ -167,16 +167,13 @@ enum { DEEP = (3 * RANK + 31) / 32, HIGH = 2 * RANK / 16 };
 
 /* Takes its part of the scratch memory from `at` on; returns where the rest begins. */
 static char *block_open(block *b, const wane_op *op, char *at) {
-  int16_t index[6][32];
+  int16_t index[4][32];
   b->r = op->n[WANE_LORA_R]; b->S = wane_split_tiles(b->r); b->Q = (2 * b->r + 15) / 16;
   b->u = at; at += ROWS / 16 * b->S * TILE_BYTES;
   b->ut = at; at += b->Q * ROWS / 32 * TILE_BYTES;
-  for (int i = 0; i < 32; i++) {
-    for (int h = 0; h < 2; h++) index[h][i] = (int16_t)(16 * h + i / 2 + (i % 2 ? 32 : 0));
-    for (int k = 0; k < 4; k++) index[2 + k][i] = (int16_t)(8 * k + i % 8 + (i / 8 == 1 ? 32 : 0));
-  }
-  for (int h = 0; h < 2; h++) b->halves[h] = _mm512_loadu_si512(index[h]);
-  for (int k = 0; k < 4; k++) b->eights[k] = _mm512_loadu_si512(index[2 + k]);
+  for (int i = 0; i < 32; i++) for (int k = 0; k < 4; k++) index[k][i] = (int16_t)(8 * k + i % 8 + (i / 8 == 1 ? 32 : 0));
+  for (int h = 0; h < 2; h++) b->halves[h] = wane_interleave(h, 32);
+  for (int k = 0; k < 4; k++) b->eights[k] = _mm512_loadu_si512(index[k]);
   return at;
 }
 

@@ -187,14 +187,6 @@ void amx_put_tiles(const wane_linear_args *a, const float *c, int64_t m, int64_t
  * 16-bit values what bytes does with nibbles. */
 typedef struct pairing { __m512 levels; __m512i bytes[4], shift, top, words[2]; } pairing;
 
-static void word_pairs(__m512i words[2]) {
-  for (int t = 0; t < 2; t++) {
-    int16_t index[32];
-    for (int i = 0; i < 32; i++) index[i] = (int16_t)(16 * t + i / 2 + (i % 2 ? 32 : 0));
-    words[t] = _mm512_loadu_si512(index);
-  }
-}
-
 static pairing pairing_of(const wane_qview *w) {
   pairing z = { .levels = levels_of(w) };
   int16_t shifts[32], tops[32];
@@ -206,7 +198,7 @@ static pairing pairing_of(const wane_qview *w) {
   for (int i = 0; i < 32; i++) shifts[i] = i / 2 % 2 ? 0 : 4, tops[i] = i % 2 ? 16 : 0;
   z.shift = _mm512_loadu_si512(shifts);
   z.top = _mm512_loadu_si512(tops);
-  word_pairs(z.words);
+  for (int t = 0; t < 2; t++) z.words[t] = wane_interleave(t, 32);
   return z;
 }
 
@@ -269,9 +261,8 @@ void amx_decode_columns(const wane_qview *w, int64_t k, int64_t columns, int64_t
 
 /* Columns [k, k + columns) of the low-rank product's factor [r, K], as decode_columns has W's. */
 static void added_columns(const wane_op *op, int64_t k, int64_t columns, char *out, int64_t stride) {
-  __m512i words[2];
+  const __m512i words[2] = { wane_interleave(0, 32), wane_interleave(1, 32) };
   int64_t r = op->i[WANE_LINEAR_RANK], K = op->n[11];
-  word_pairs(words);
   for (int64_t s = 0; s < wane_split_tiles(r) * 32; s += 2)
     for (int64_t j = 0; j < columns; j += 32) {
       __m256i parts[2][2][2];                                                /* [of the two rows][half][hi, lo] */

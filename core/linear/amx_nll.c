@@ -145,9 +145,7 @@ static void slope(head *h, int64_t m) {
   const float *lse = (const float *)(const void *)(h->work + h->plan.lse);
   float factor = h->op->f[WANE_NLL_FACTOR];
   int64_t steps = (h->count + 31) / 32;
-  static const int32_t ramp[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
-  vi order = vi_load(ramp);
-  order = vi_add(vi_or(order, vi_sll(order, 16)), vi_set1(16 << 16));
+  vi order = wane_interleave(0, 16);
   vf log2e = vf_set1(LOG2E), scale = vf_set1(factor);
   for (int half = 0; half < 2; half++) {
     vf down = vf_neg(vf_load(lse + m + 16 * half));
@@ -161,7 +159,7 @@ static void slope(head *h, int64_t m) {
   }
   for (int64_t i = m; i < least(m + 32, h->M); i++) {
     int64_t v = label_of(h->op, i) - h->first, half = i % 32 / 16;
-    if (v < 0 || v >= h->count || label_of(h->op, i) < 0) continue;
+    if (v < 0 || v >= h->count) continue;
     float own = (exp2f(score_at(h, v, (int)half)[i % 16] * LOG2E - lse[i]) - 1.0f) * factor;
     ((uint16_t *)(void *)(h->slopes + (half * steps + v / 32) * TILE_BYTES))[v % 32 / 2 * 32 + i % 16 * 2 + v % 2] = wane_f32_to_bf16(own);
   }

@@ -48,10 +48,7 @@ VEC vf exp2_short(vf x) {
 /* Words of two registers of 32 values, interleaved: [0] the first halves, [1] the second; pair: the halves of one register. */
 typedef struct orders { vi halves[2], pair; } orders;
 static orders orders_of(void) {
-  static const int32_t ramp[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
-  vi i = vi_load(ramp), twice = vi_or(i, vi_sll(i, 16));
-  vi first = vi_add(twice, vi_set1(32 << 16));
-  return (orders){ { first, vi_add(first, vi_set1(16 << 16 | 16)) }, vi_add(twice, vi_set1(16 << 16)) };
+  return (orders){ { wane_interleave(0, 32), wane_interleave(1, 32) }, wane_interleave(0, 16) };
 }
 
 /* ================================================================ tiles */

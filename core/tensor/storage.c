@@ -282,8 +282,8 @@ void wane_tensor_free(wane_handle *h) {
 }
 
 int wane_tensor_sole(const wane_handle *h) {
-  const wane_tensor *t = h ? h->t : NULL;
-  return t && t->gen == h->gen && t->refs == 1 && t->storage && t->storage->refs == 1;
+  const wane_tensor *t = live(h);
+  return t && t->refs == 1 && t->storage && t->storage->refs == 1;
 }
 
 int wane_tensor_retain(wane_stream *s, wane_handle *out, const wane_handle *h) {

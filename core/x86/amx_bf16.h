@@ -6,6 +6,14 @@
 
 enum { TILE_BYTES = 1024 };
 
+/* The order that interleaves the words of two registers of 32 values: their halves `half` (0 or 1), a word of each in turn; and, with `second` = 16, of the two
+ * halves of one register. For permutex2var_epi16 and permutexvar_epi16. */
+static inline __attribute__((always_inline, unused)) __m512i wane_interleave(int half, int second) {
+  static const int32_t ramp[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+  __m512i i = _mm512_loadu_si512(ramp);
+  return _mm512_add_epi32(_mm512_or_si512(i, _mm512_slli_epi32(i, 16)), _mm512_set1_epi32((second + 16 * half) << 16 | 16 * half));
+}
+
 /* 32 floats as bf16, rounded to nearest even. */
 static inline __attribute__((always_inline, unused)) __m512i to_bf16(__m512 lo, __m512 hi) {
 #ifdef WANE_EMULATE
