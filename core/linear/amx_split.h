@@ -4,9 +4,10 @@
 #ifndef WANE_AMX_SPLIT_H
 #define WANE_AMX_SPLIT_H
 #include "../x86/amx_bf16.h"
+#include "lora.h"
 #include <string.h>
 
-enum { WANE_SPLIT_RANK = 128, WANE_SPLIT_FIRST = 0, WANE_SPLIT_SECOND = 1 };   /* the largest rank; [hi | lo | hi], [hi | hi | lo] */
+enum { WANE_SPLIT_RANK = WANE_LORA_TILED_RANK, WANE_SPLIT_FIRST = 0, WANE_SPLIT_SECOND = 1 };   /* the largest rank; [hi | lo | hi], [hi | hi | lo] */
 
 /* Tiles of 32 that a stacked row of rank r fills. */
 static inline __attribute__((unused)) int64_t wane_split_tiles(int64_t r) { return (3 * r + 31) / 32; }

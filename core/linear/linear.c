@@ -1,6 +1,7 @@
 /* linear.c: wane_linear and wane_linear_backward: checks, memory, and the choice of kernels. The frame is explained in linear.h. */
 #include "linear.h"
 #include "int8.h"
+#include "lora.h"
 #include "../tensor/tensor.h"
 
 int wane_linear_group(int dtype) {
@@ -174,7 +175,7 @@ static int take_beside(wane_stream *s, product *p, const beside *a, int rows) {
       factor->shape[a->turned ? 0 : 1] != u->shape[1] || factor->shape[a->turned ? 1 : 0] != p->out)
     return wane_fail(WANE_E_SHAPE, "linear_lora: %s %s and u %s do not belong to a product of %lld rows with %lld outputs", a->turned ? "A" : "B",
                      wane_shape_text(factor), wane_shape_text(u), (long long)p->M, (long long)p->out);
-  if (rows || p->compute == WANE_COMPUTE_F32 || p->group == WANE_GROUP_LLM_INT8 || u->shape[1] > 128 || p->width == 0 || !wane_is_contiguous(u) ||
+  if (rows || p->compute == WANE_COMPUTE_F32 || p->group == WANE_GROUP_LLM_INT8 || u->shape[1] > WANE_LORA_TILED_RANK || p->width == 0 || !wane_is_contiguous(u) ||
       !wane_is_contiguous(factor) || !wane_cpu_backend()->ops[WANE_OP_LINEAR_ADDS]) return WANE_E_UNSUPPORTED;
   if (a->onto) {
     wane_tensor *onto = wane_use(s, a->onto, "onto");

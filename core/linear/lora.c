@@ -4,7 +4,7 @@
 #include "../tensor/tensor.h"
 #include <math.h>
 
-enum { TILED_RANK = 128, PART_ROWS = 128, PARTS = 16, SHARES_BYTES = 64 << 20 };
+enum { PART_ROWS = 128, PARTS = 16, SHARES_BYTES = 64 << 20 };
 enum { LORA_WORK = 1 << 20 };              /* multiplications a chunk: about 30 us of AVX-512, 8 of AMX */
 
 /* One call's operands: borrowed tensors, and the copies that made inputs contiguous. */
@@ -118,7 +118,7 @@ static void push_columns(wane_stream *s, const lora *a, int turned, wane_tensor 
 
 /* Can tiles make dW (GRADIENT and SUM)? */
 static int has_tiles(const lora *a) {
-  return wane_cpu_backend()->ops[WANE_OP_LORA_GRADIENT] && a->x->dtype == WANE_BF16 && a->p == 0 && a->r <= TILED_RANK && a->M > 0 && a->C > 0;
+  return wane_cpu_backend()->ops[WANE_OP_LORA_GRADIENT] && a->x->dtype == WANE_BF16 && a->p == 0 && a->r <= WANE_LORA_TILED_RANK && a->M > 0 && a->C > 0;
 }
 
 /* u = scale x W^T where it is not NULL, dw = a->u^T x where it is not NULL: in parts of the rows, few enough that their shares stay small. */

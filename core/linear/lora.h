@@ -19,7 +19,7 @@
 #define WANE_LORA_H
 #include "../include/wane_backend.h"
 
-enum { WANE_LORA_MAX_RANK = 256 };
+enum { WANE_LORA_MAX_RANK = 256, WANE_LORA_TILED_RANK = 128 };   /* of all kernels; of those with tiles */
 
 enum {
   WANE_LORA_X = 0,           /* p: x [M, C], or NULL */
