@@ -286,7 +286,7 @@ typedef struct wane_lora_options {
   uint64_t seed, offset;     /* of the mask; see above */
 } wane_lora_options;
 /* wane_linear, wane_lora_down and wane_lora_up at once: y = x W^T + bias + u B^T, u = scale * drop(x) A^T (to be kept for backward). Where tiles multiply
- * (AMX, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and never read. */
+ * (AMX and AMD's AVX512-BF16, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and never read. */
 WANE_API int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
                               const wane_handle *B, const wane_lora_options *options, int compute, float threshold);
 /* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. onto (or NULL): a gradient of x that came another way, in dy's dtype and contiguous; where the
@@ -452,8 +452,8 @@ WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_hand
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
 /* The same of a head, without the scores ever being in memory: nll f32 [M] of x W^T and dx of factor * its sum, in x's dtype; x [M, K], W [V, K] any
  * dtype that wane_linear takes, labels [M] i32 or i64. Scores f32, their gradient bf16 on its way into dx. Source of the idea: Wijmans et al. 2024 (Cut Your
- * Losses). Only where wane_linear_nll_fits says 1 (AMX, not with WANE_COMPUTE_F32, rows of W not too long): a head is else wane_linear, wane_nll_with_gradient,
- * wane_linear_backward. */
+ * Losses). Only where wane_linear_nll_fits says 1 (AMX and AMD's AVX512-BF16, not with WANE_COMPUTE_F32, rows of W not too long): a head is else wane_linear,
+ * wane_nll_with_gradient, wane_linear_backward. */
 WANE_API int wane_linear_nll(wane_stream *s, wane_handle *nll, wane_handle *dx, const wane_handle *x, const wane_handle *w, const wane_handle *labels, double factor,
                              int64_t ignore_index, int compute);
 /* 1 if wane_linear_nll takes this weight at the instruction-set level in force, else 0. */

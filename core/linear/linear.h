@@ -101,5 +101,6 @@ void wane_register_experts(wane_backend *b);
 /* ---- each file group's entry, called from core/x86 ---- */
 void wane_linear_register_avx2(wane_backend *b);
 void wane_linear_register_avx512(wane_backend *b);
+void wane_linear_register_avx512bf16(wane_backend *b);
 void wane_linear_register_amx(wane_backend *b);
 #endif

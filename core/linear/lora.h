@@ -41,5 +41,7 @@ void wane_register_generic_lora(wane_backend *b);
 void wane_lora_register_avx2(wane_backend *b);
 void wane_lora_register_avx512(wane_backend *b);
 void wane_lora_register_avx512bf16(wane_backend *b);
-void wane_lora_register_amx(wane_backend *b);         /* after those with vectors, to which it leaves what tiles do not */
+/* After those with vectors, to which they leave what tiles do not. */
+void wane_lora_register_tiles_avx512bf16(wane_backend *b);
+void wane_lora_register_amx(wane_backend *b);
 #endif

@@ -1,4 +1,4 @@
-/* nll.h: the loss of a head, scores and all: what the front function (nll.c) and the kernels (amx_nll.c) agree on. Internal.
+/* nll.h: the loss of a head, scores and all: what the front function (nll.c) and the kernels (tiles_nll.h) agree on. Internal.
  *
  * Scores of a vocabulary exist a block of W's rows at a time, in a worker's scratch, and are computed twice: once for the logarithm of their
  * sums, once for their gradient, which goes into the gradient of x at once. What is written is as large as x, not as the vocabulary.
@@ -46,5 +46,6 @@ static inline wane_nll_plan wane_nll_cut(int64_t M, int64_t K, int64_t V) {
   return p;
 }
 
+void wane_linear_nll_register_avx512bf16(wane_backend *b);
 void wane_linear_nll_register_amx(wane_backend *b);
 #endif

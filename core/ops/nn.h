@@ -10,7 +10,9 @@
 void wane_nn_register_avx2(wane_backend *b);
 void wane_nn_register_avx512(wane_backend *b);
 void wane_nn_register_avx512bf16(wane_backend *b);
-void wane_attention_register_amx(wane_backend *b);   /* after those with vectors, to which it leaves what tiles do not */
+/* After those with vectors, to which they leave what tiles do not. */
+void wane_attention_register_avx512bf16(wane_backend *b);
+void wane_attention_register_amx(wane_backend *b);
 
 /* The one kernel without vectors of its own: the quantizers' twins do its work (nn_embedding.c). */
 void wane_nn_embedding(const wane_op *op, uint32_t chunk);

@@ -3,6 +3,7 @@
 local ffi = require "ffi"
 local s = require "linear8.support"
 local q = require "support.quant"
+local has_tiles = require "support.tiles"
 local C = s.C
 
 --- { M, N, K }: one row, odd sizes, rows that straddle blocks, no whole chunk, several tiles, panels and blocks of rows; the last: few rows
@@ -79,7 +80,7 @@ describe("products", function()
           for _, mode in ipairs { { "f32", C.WANE_COMPUTE_F32, 3e-5 }, { "bf16", C.WANE_COMPUTE_BF16, 4e-3 },
                                   { "invariant", C.WANE_COMPUTE_BF16 + C.WANE_COMPUTE_INVARIANT, 4e-3 } } do
             local got, n = s.linear(x, w, bias, mode[2], -1)
-            local by_tiles = level == "amx" and mode[1] == "bf16" and M > 8
+            local by_tiles = has_tiles() and mode[1] == "bf16" and M > 8
             local worst = s.difference(got, by_tiles and tiles or want, n)
             note(level .. " " .. mode[1] .. (by_tiles and " (of the bf16 product)" or ""), worst / size)
             assert.is_true(worst <= (by_tiles and 3e-5 or mode[3]) * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(
@@ -104,7 +105,7 @@ describe("products", function()
         s.at_levels(function(level)
           for _, mode in ipairs { { "f32", C.WANE_COMPUTE_F32, 3e-5 }, { "bf16", C.WANE_COMPUTE_BF16, 3e-5 } } do
             local got, n = s.linear_backward(dy, w, mode[2])
-            local worst = s.difference(got, level == "amx" and mode[1] == "bf16" and tiles or want, n)
+            local worst = s.difference(got, has_tiles() and mode[1] == "bf16" and tiles or want, n)
             note(level .. " backward " .. mode[1], worst / size)
             assert.is_true(worst <= mode[3] * size + 1e-6, ("%s %s %dx%dx%d: differs by %.3g, rms %.3g"):format(
               level, mode[1], M, N, K, worst, size))

@@ -3,6 +3,7 @@ local ffi = require "ffi"
 local wane = require "wane"
 local F = require "wane.nn.functional"
 local S = require "ops.nn_support"
+local has_tiles = require "support.tiles"
 local core, C = S.core, S.C
 
 local function randn(seed, ...) return F.outside_scopes(wane.randn, { seed = seed, ... }) end
@@ -20,10 +21,10 @@ end
 local CASES = { { 1, 64, 33 }, { 64, 64, 300 }, { 33, 100, 70 }, { 5, 64, 3000 }, { 40, 1500, 500 }, { 20, 3200, 130 }, { 300, 128, 1025 } }
 
 describe("linear_nll", function()
-  local has_tiles = S.level >= C.WANE_CPU_AMX
+  local tiled = has_tiles()
   for _, kind in ipairs { "bf16", "f32", "nf4", "int8" } do
     it(kind .. ": is what the scores in f32 give, for every shape", function()
-      if not has_tiles then return end
+      if not tiled then return end
       local worst, slope = 0, 0
       for n, c in ipairs(CASES) do
         core.scope(function()
@@ -50,7 +51,7 @@ describe("linear_nll", function()
   end
 
   it("gives the same bits for any number of threads", function()
-    if not has_tiles then return end
+    if not tiled then return end
     local x, w, labels = cast(randn(1, 70, 96), C.WANE_BF16), cast(randn(2, 5000, 96), C.WANE_BF16), labels_of(70, 5000)
     local before, seen = C.wane_threads(), nil
     for threads = 1, 3 do
@@ -79,7 +80,7 @@ describe("linear_nll", function()
     assert.is_false(F.linear_nll_fits(w, 99))
     local none = F.linear_nll(F.narrow(x, 0, 0, 0), F.narrow(w, 0, 0, 0), F.narrow(labels_of(20, 50), 0, 0, 0), 1, -100, C.WANE_COMPUTE_BF16)
     assert.same({ 0 }, none:shape())
-    if not has_tiles then return end
+    if not tiled then return end
     local hot = x:clone()                                              -- an ignored row without numbers leaves the others alone, and its own gradient 0
     local bits, n = F.read(hot, "uint16_t")
     for i = 3 * 64, 4 * 64 - 1 do bits[i] = 0x7fc0 end

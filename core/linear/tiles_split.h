@@ -1,9 +1,9 @@
-/* amx_split.h: f32 matrices of small rank in bf16 tiles. A value is split in two, hi = bf16(w) and lo = bf16(w - hi), which together have 16 of its 24
+/* tiles_split.h: f32 matrices of small rank in bf16 tiles. A value is split in two, hi = bf16(w) and lo = bf16(w - hi), which together have 16 of its 24
  * bits. Two factors are stacked along the rank, [hi | lo | hi] against [hi | hi | lo]: the product that is left out, lo times lo, is below f32's own
- * rounding, and a small rank leaves room in a tile for all of it. Internal to amx_*.c of core/linear. */
-#ifndef WANE_AMX_SPLIT_H
-#define WANE_AMX_SPLIT_H
-#include "../x86/amx_bf16.h"
+ * rounding, and a small rank leaves room in a tile for all of it. Internal to tiles_*.h of core/linear. */
+#ifndef WANE_TILES_SPLIT_H
+#define WANE_TILES_SPLIT_H
+#include "../x86/tiles.h"
 #include "lora.h"
 #include <string.h>
 
