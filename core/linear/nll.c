@@ -7,7 +7,7 @@ enum { LARGEST = 1 << 20 };                /* rows of x; their workspace must st
 /* Can the kernels of this level do it? */
 static int fits(const wane_tensor *w, int compute, int64_t M) {
   int group = wane_linear_group(w->dtype);
-  return wane_cpu_backend()->ops[WANE_OP_LINEAR_NLL_SUMS] && group >= 0 && compute > WANE_COMPUTE_F32 && compute <= WANE_COMPUTE_FAST && w->ndim == 2 && w->shape[0] > 0 && w->shape[1] > 0 &&
+  return wane_cpu_backend()->ops[WANE_OP_LINEAR_NLL_SHARES] && group >= 0 && compute > WANE_COMPUTE_F32 && compute <= WANE_COMPUTE_FAST && w->ndim == 2 && w->shape[0] > 0 && w->shape[1] > 0 &&
          (group != WANE_GROUP_FLOAT || wane_is_contiguous(w)) && M > 0 && M <= LARGEST && wane_nll_cut(M, w->shape[1], w->shape[0]).block > 0;
 }
 
@@ -61,15 +61,15 @@ int wane_linear_nll(wane_stream *s, wane_handle *hnll, wane_handle *hdx, const w
   if (dx && x->shape[0] > 0) {
     wane_qview view;
     wane_qview_of(w, &view);
-    const int codes[5] = { WANE_OP_LINEAR_PACK + wane_linear_group(w->dtype), WANE_OP_LINEAR_NLL_SUMS, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_SHARES, WANE_OP_LINEAR_NLL_DX };
-    const int64_t chunks[5] = { plan.padded / 32, plan.blocks, 1, plan.groups, plan.padded / 32 };
-    for (int i = 0; i < 5; i++) {
+    const int codes[4] = { WANE_OP_LINEAR_PACK + wane_linear_group(w->dtype), WANE_OP_LINEAR_NLL_SHARES, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX };
+    const int64_t chunks[4] = { plan.padded / 32, plan.groups, 1, plan.padded / 32 };
+    for (int i = 0; i < 4; i++) {
       wane_op *op = nll_op(s, codes[i], &view, x, labels, work, compute);
-      op->p[WANE_LINEAR_Y] = i == 2 ? nll->data : i == 4 ? dx->data : NULL;
+      op->p[WANE_LINEAR_Y] = i == 2 ? nll->data : i == 3 ? dx->data : NULL;
       op->n[WANE_NLL_IGNORED] = ignore_index;
       op->f[WANE_NLL_FACTOR] = (float)factor;
       op->nchunks = (uint32_t)chunks[i];
-      wane_op_push(s, op, i == 2 ? nll : i == 4 ? dx : NULL, NULL);
+      wane_op_push(s, op, i == 2 ? nll : i == 3 ? dx : NULL, NULL);
     }
   }
   if (hold) wane_storage_unref(hold);

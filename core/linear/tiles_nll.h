@@ -21,6 +21,7 @@ typedef struct head {
   float *scores, *scales;
 } head;
 _Static_assert((WANE_NLL_TILES + 32 + 16 + 64) * TILE_BYTES <= WANE_SCRATCH, "a block of W, a panel's scores, their gradient and scales fit into the scratch memory");
+_Static_assert(WANE_NLL_TILES * 16 / 3 * 32 * sizeof(float) <= WANE_SCRATCH, "32 rows of W fit too (16 columns of a block of 32 are three tiles)");
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -49,11 +50,10 @@ static int64_t label_of(const wane_op *op, int64_t m) {
 }
 
 /* Takes block b of W's rows. */
-static void take_block(head *h, int64_t b, int turned) {
+static void take_block(head *h, int64_t b) {
   h->first = b * h->plan.block;
   h->count = least(h->plan.block, h->V - h->first);
   TILED(decode_rows)(&h->w, h->first, h->count, 0, h->tiles * 32, h->rows, h->stride, h->scales);
-  if (!turned) return;
   int64_t steps = (h->count + 31) / 32;
   TILED(decode_columns)(&h->w, 0, h->plan.wide, h->first, steps * 32, h->turned, h->turned_stride);
   for (int64_t k = 0; k < h->plan.wide / 16; k++)
@@ -78,27 +78,70 @@ static void score(head *h, int64_t m) {
 /* Row v's scores of the panel's lanes 16 half to 16 half + 15. */
 VEC float *score_at(const head *h, int64_t v, int half) { return h->scores + v / 32 * 4 * TILE_FLOATS + v % 32 / 16 * 2 * TILE_FLOATS + half * TILE_FLOATS + v % 16 * 16; }
 
-/* NLL_SUMS. */
-static void sums(const wane_op *op, uint32_t chunk) {
+/* A lane's part of its row's sum, by the row's largest score so far; -inf: none yet, or none above it. */
+VEC vf level_of(vf most) { return vf_select(vf_eq(most, vf_set1(-__builtin_inff())), vf_zero(), most); }
+
+/* Takes the panel's scores into its rows' largest, `most`, and sums; their e^(score - largest) become bf16 pairs of rows of W. What `share` holds of the blocks
+ * before, if there are any, shrinks with the sums. */
+static void fold(head *h, int64_t m, float *most, float *sum, float *share) {
+  int64_t steps = (h->count + 31) / 32;
+  vi order = wane_interleave(0, 16);
+  vf log2e = vf_set1(LOG2E);
+  for (int half = 0; half < 2; half++) {
+    vf old = vf_load(most + m + 16 * half), largest[2] = { old, old }, sums[2] = { vf_zero(), vf_zero() };
+    for (int64_t v = 0; v < h->count; v++) largest[v % 2] = vf_max(vf_load(score_at(h, v, half)), largest[v % 2]);
+    vf now = vf_max(largest[0], largest[1]), level = level_of(now), down = vf_neg(vf_mul(level, log2e));
+    for (int64_t v = 0; v < steps * 32; v += 2) {
+      vf p[2];
+      for (int k = 0; k < 2; k++) {
+        p[k] = v + k < h->count ? vec_exp2_negative(vf_fma(vf_load(score_at(h, v + k, half)), log2e, down)) : vf_zero();
+        sums[k] = vf_add(sums[k], p[k]);
+      }
+      _mm512_storeu_si512(h->slopes + (half * steps + v / 32) * TILE_BYTES + v % 32 / 2 * 64, _mm512_permutexvar_epi16(order, to_bf16(p[0], p[1])));
+    }
+    vf shrink = vec_exp2_negative(vf_mul(vf_sub(old, level), log2e));
+    vf_store(most + m + 16 * half, now);
+    vf_store(sum + m + 16 * half, vf_fma(vf_load(sum + m + 16 * half), shrink, vf_add(sums[0], sums[1])));
+    if (!share || vm_bits(vf_eq(old, now)) == 0xffff) continue;
+    for (int64_t k = 0; k < h->plan.wide; k += 16) {
+      float *tile = share + m * h->plan.wide + k / 16 * 2 * TILE_FLOATS + half * TILE_FLOATS;
+      for (int r = 0; r < TILE_FLOATS; r += VW) vf_store(tile + r, vf_mul(vf_load(tile + r), shrink));
+    }
+  }
+}
+
+/* The labels of the panel that are in the block: their scores are kept, and they leave the product, whose rounding would bury a small p - 1. */
+static void take_labels(head *h, int64_t m) {
+  float *own = (float *)(void *)(h->work + h->plan.own);
+  int64_t steps = (h->count + 31) / 32;
+  for (int64_t i = m; i < least(m + 32, h->M); i++) {
+    int64_t v = label_of(h->op, i) - h->first, half = i % 32 / 16;
+    if (v < 0 || v >= h->count) continue;
+    own[i] = score_at(h, v, (int)half)[i % 16];
+    ((uint16_t *)(void *)(h->slopes + (half * steps + v / 32) * TILE_BYTES))[v % 32 / 2 * 32 + i % 16 * 2 + v % 2] = 0;
+  }
+}
+
+/* NLL_SHARES: a group's blocks. Its share of dx lies turned: [rows of x / 32][wide / 32][2][2] tiles. */
+static void shares(const wane_op *op, uint32_t group) {
   head h;
   open_head(&h, op);
+  float *share = (float *)(void *)(h.work + h.plan.shares) + (int64_t)group * h.plan.padded * h.plan.wide;
+  float *most = (float *)(void *)(h.work + h.plan.sums) + (int64_t)group * 2 * h.plan.padded, *sum = most + h.plan.padded;
+  int64_t first = group * h.plan.per, last = least(h.plan.blocks, first + h.plan.per);
+  for (int64_t m = 0; m < h.plan.padded; m++) most[m] = -__builtin_inff(), sum[m] = 0.0f;
   wane_tiles_on();
-  take_block(&h, chunk, 0);
-  float *most = (float *)(void *)(h.work + h.plan.sums) + (int64_t)chunk * 2 * h.plan.padded, *own = (float *)(void *)(h.work + h.plan.own);
-  vf log2e = vf_set1(LOG2E);
-  for (int64_t m = 0; m < h.plan.padded; m += 32) {
-    score(&h, m);
-    for (int half = 0; half < 2; half++) {
-      vf largest[2] = { vf_set1(-__builtin_inff()), vf_set1(-__builtin_inff()) }, sum[2] = { vf_zero(), vf_zero() };
-      for (int64_t v = 0; v < h.count; v++) largest[v % 2] = vf_max(vf_load(score_at(&h, v, half)), largest[v % 2]);
-      vf max = vf_max(largest[0], largest[1]);
-      for (int64_t v = 0; v < h.count; v++) sum[v % 2] = vf_add(sum[v % 2], vec_exp2_negative(vf_mul(vf_sub(vf_load(score_at(&h, v, half)), max), log2e)));
-      vf_store(most + m + 16 * half, max);
-      vf_store(most + h.plan.padded + m + 16 * half, vf_add(sum[0], sum[1]));
-    }
-    for (int64_t i = m; i < least(m + 32, h.M); i++) {
-      int64_t label = label_of(op, i) - h.first;
-      if (label >= 0 && label < h.count) own[i] = score_at(&h, label, i % 32 / 16)[i % 16];
+  for (int64_t b = first; b < last; b++) {
+    take_block(&h, b);
+    int64_t steps = (h.count + 31) / 32;
+    for (int64_t m = 0; m < h.plan.padded; m += 32) {
+      score(&h, m);
+      fold(&h, m, most, sum, b > first ? share : NULL);
+      take_labels(&h, m);
+      for (int64_t k = 0; k < h.plan.wide; k += 32) {
+        const char *w = h.turned + k / 16 * h.turned_stride;
+        multiply(w, w + h.turned_stride, h.slopes, h.slopes + steps * TILE_BYTES, steps, share + m * h.plan.wide + k * 32, b == first, 1, 1);
+      }
     }
   }
   wane_tiles_off();
@@ -115,9 +158,9 @@ static void merge(const wane_op *op, uint32_t chunk) {
   for (int64_t m = 0; m < plan.padded; m += 16) {
     _Alignas(64) float max[16], sum[16];
     vf most = vf_set1(-__builtin_inff()), total = vf_zero();
-    for (int64_t b = 0; b < plan.blocks; b++) most = vf_max(vf_load(sums + b * 2 * plan.padded + m), most);
-    for (int64_t b = 0; b < plan.blocks; b++) {
-      const float *s = sums + b * 2 * plan.padded + m;
+    for (int64_t g = 0; g < plan.groups; g++) most = vf_max(vf_load(sums + g * 2 * plan.padded + m), most);
+    for (int64_t g = 0; g < plan.groups; g++) {
+      const float *s = sums + g * 2 * plan.padded + m;
       total = vf_fma(vf_load(s + plan.padded), vec_exp2_negative(vf_mul(vf_sub(vf_load(s), most), vf_set1(LOG2E))), total);
     }
     vf_store(max, most);
@@ -141,77 +184,60 @@ static void merge(const wane_op *op, uint32_t chunk) {
   }
 }
 
-/* The gradient of the panel's scores, as bf16 pairs of rows of W. */
-static void slope(head *h, int64_t m) {
-  const float *lse = (const float *)(const void *)(h->work + h->plan.lse);
-  float factor = h->op->f[WANE_NLL_FACTOR];
-  int64_t steps = (h->count + 31) / 32;
-  vi order = wane_interleave(0, 16);
-  vf log2e = vf_set1(LOG2E), scale = vf_set1(factor);
-  for (int half = 0; half < 2; half++) {
-    vf down = vf_neg(vf_load(lse + m + 16 * half));
-    vm ignored = vf_eq(down, vf_set1(-__builtin_inff()));                    /* zeros, whatever their scores are */
-    for (int64_t v = 0; v < steps * 32; v += 2) {
-      vf p[2];
-      for (int k = 0; k < 2; k++)
-        p[k] = v + k < h->count ? vf_select(ignored, vf_zero(), vf_mul(vec_exp2_negative(vf_fma(vf_load(score_at(h, v + k, half)), log2e, down)), scale)) : vf_zero();
-      _mm512_storeu_si512(h->slopes + (half * steps + v / 32) * TILE_BYTES + v % 32 / 2 * 64, _mm512_permutexvar_epi16(order, to_bf16(p[0], p[1])));
-    }
+/* Rows [m, m + 32) of dx: their labels' part, in f32, is (p - 1) factor W[label]. rows: [32][wide] of the scratch. */
+static void label_rows(const wane_op *op, const wane_nll_plan *plan, int64_t m, float *rows) {
+  const float *lse = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan->lse), *own = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan->own);
+  const wane_quant_kit *kit = wane_quant_kit_in_force();
+  wane_qview w = wane_qview_load(op);
+  for (int64_t i = 0; i < 32; i++, rows += plan->wide) {
+    int64_t label = m + i < op->n[WANE_LINEAR_M] ? label_of(op, m + i) : -1;
+    memset(rows, 0, (size_t)plan->wide * sizeof *rows);
+    if (label < 0) continue;
+    kit->dequantize(&w, label * w.cols, w.cols, rows);
+    float slope = (exp2f(own[m + i] * LOG2E - lse[m + i]) - 1.0f) * op->f[WANE_NLL_FACTOR];
+    for (int64_t k = 0; k < w.cols; k++) rows[k] = slope * wane_bf16_to_f32(wane_f32_to_bf16(rows[k]));
   }
-  for (int64_t i = m; i < least(m + 32, h->M); i++) {
-    int64_t v = label_of(h->op, i) - h->first, half = i % 32 / 16;
-    if (v < 0 || v >= h->count) continue;
-    float own = (exp2f(score_at(h, v, (int)half)[i % 16] * LOG2E - lse[i]) - 1.0f) * factor;
-    ((uint16_t *)(void *)(h->slopes + (half * steps + v / 32) * TILE_BYTES))[v % 32 / 2 * 32 + i % 16 * 2 + v % 2] = wane_f32_to_bf16(own);
-  }
-}
-
-/* NLL_SHARES: dx of a group's blocks, turned: [rows of x / 32][wide / 32][2][2] tiles. */
-static void shares(const wane_op *op, uint32_t group) {
-  head h;
-  open_head(&h, op);
-  float *share = (float *)(void *)(h.work + h.plan.shares) + (int64_t)group * h.plan.padded * h.plan.wide;
-  int64_t first = group * h.plan.per, last = least(h.plan.blocks, first + h.plan.per);
-  wane_tiles_on();
-  for (int64_t b = first; b < last; b++) {
-    take_block(&h, b, 1);
-    int64_t steps = (h.count + 31) / 32;
-    for (int64_t m = 0; m < h.plan.padded; m += 32) {
-      score(&h, m);
-      slope(&h, m);
-      for (int64_t k = 0; k < h.plan.wide; k += 32) {
-        const char *w = h.turned + k / 16 * h.turned_stride;
-        multiply(w, w + h.turned_stride, h.slopes, h.slopes + steps * TILE_BYTES, steps, share + m * h.plan.wide + k * 32, b == first, 1, 1);
-      }
-    }
-  }
-  wane_tiles_off();
 }
 
 /* NLL_DX. */
 static void dx(const wane_op *op, uint32_t chunk) {
   int64_t M = op->n[WANE_LINEAR_M], K = op->n[11], lo, hi;
   wane_nll_plan plan = wane_nll_cut(M, K, op->n[10]);
-  const float *shares = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan.shares);
-  wane_linear_args a = { .M = M, .N = K, .y = op->p[WANE_LINEAR_Y], .dtype = op->i[WANE_LINEAR_DTYPE] };
+  const char *work = op->p[WANE_LINEAR_WORK];
+  const float *sums = (const float *)(const void *)(work + plan.sums), *lse = (const float *)(const void *)(work + plan.lse), *shares = (const float *)(const void *)(work + plan.shares);
+  float *own = wane_scratch();
   _Alignas(64) float c[4 * TILE_FLOATS];
+  vf factors[2][WANE_NLL_GROUPS], log2e = vf_set1(LOG2E);
   wane_op_range(op, chunk, plan.padded, 32, &lo, &hi);
-  for (int64_t m = lo; m < hi; m += 32)
+  for (int64_t m = lo; m < hi; m += 32) {
+    label_rows(op, &plan, m, own);
+    for (int half = 0; half < 2; half++)
+      for (int64_t g = 0; g < plan.groups; g++) {
+        vf most = vf_load(sums + g * 2 * plan.padded + m + 16 * half), total = vf_load(lse + m + 16 * half);
+        factors[half][g] = vf_mul(vec_exp2_negative(vf_sub(vf_mul(level_of(most), log2e), total)), vf_set1(op->f[WANE_NLL_FACTOR]));
+      }
     for (int64_t k = 0; k < K; k += 32) {
       for (int i = 0; i < 4 * TILE_FLOATS; i += VW) {
         const float *from = shares + m * plan.wide + k * 32 + i;
-        vf sum = vf_load(from);
-        for (int64_t g = 1; g < plan.groups; g++) sum = vf_add(sum, vf_load(from + g * plan.padded * plan.wide));
-        vf_store(c + i, sum);
+        int half = i / TILE_FLOATS % 2;
+        vf sum = vf_zero(), total = vf_load(lse + m + 16 * half);
+        for (int64_t g = 0; g < plan.groups; g++) sum = vf_fma(vf_load(from + g * plan.padded * plan.wide), factors[half][g], sum);
+        vf_store(c + i, vf_select(vf_eq(total, vf_set1(__builtin_inff())), vf_zero(), sum));    /* an ignored row's is zero whatever its scores are */
       }
-      TILED(put_tiles)(&a, c, m, k);
+      for (int half = 0; half < 2; half++)
+        for (int d = 0; d < 2; d++) wane_transpose16(c + (2 * d + half) * TILE_FLOATS, 64, c + (2 * d + half) * TILE_FLOATS, 64);
+      for (int64_t i = 0; i < least(32, M - m); i++) {
+        const float *row = c + i / 16 * TILE_FLOATS + i % 16 * 16, *more = own + i * plan.wide + k;
+        put_row(op->p[WANE_LINEAR_Y], op->i[WANE_LINEAR_DTYPE], (m + i) * K + k, vf_add(vf_load(row), vf_load(more)), vf_add(vf_load(row + 2 * TILE_FLOATS), vf_load(more + 16)),
+                least(32, K - k));
+      }
     }
+  }
 }
 
 static void tiles_register(wane_backend *b) {
-  b->ops[WANE_OP_LINEAR_NLL_SUMS] = sums;
-  b->ops[WANE_OP_LINEAR_NLL_MERGE] = merge;
   b->ops[WANE_OP_LINEAR_NLL_SHARES] = shares;
+  b->ops[WANE_OP_LINEAR_NLL_MERGE] = merge;
   b->ops[WANE_OP_LINEAR_NLL_DX] = dx;
 }
 #endif

@@ -50,6 +50,30 @@ describe("linear_nll", function()
     end)
   end
 
+  it("follows scores that grow from block to block, and keeps the small gradient of a sure row", function()
+    if not tiled then return end
+    local M, K, V = 40, 64, 4500
+    local w = randn(2, V, K) * 0.5
+    local x, labels = randn(1, M, K), labels_of(M, V)
+    local grown = w:clone()
+    for v = 0, V - 1, 500 do F.narrow(grown, 0, v, 500):copy(F.narrow(w, 0, v, 500) * (0.3 + v / 1000)) end
+    local sure = randn(1, M, K) * 0.01                         -- row i is its label's row of W, so scaled that 1 - p is some 1e-4
+    for i = 0, M - 1 do
+      local row = F.narrow(w, 0, (i * 7919 + 1) % V, 1)
+      F.narrow(sure, 0, i, 1):copy(row * (17.5 / (row * row):sum():item()))
+    end
+    for name, c in pairs { grown = { x, grown }, sure = { sure, w } } do
+      local a, b = F.cast(c[1], C.WANE_BF16), F.cast(c[2], C.WANE_BF16)
+      local dense = F.cast(b, C.WANE_F32)
+      local scores = F.linear(F.cast(a, C.WANE_F32), dense, nil, C.WANE_COMPUTE_F32)
+      local want, dscores = F.nll_with_gradient(scores, labels, 1, -100, C.WANE_F32)
+      local nll, dx = F.linear_nll(F.cast(a, C.WANE_F32), b, labels, 1, -100, C.WANE_COMPUTE_BF16)
+      local slope = apart(dx, F.linear(dscores, F.transpose(dense), nil, C.WANE_COMPUTE_F32))
+      print(("  %s: losses within %.1e of the largest (%.1e), gradients within %.1e"):format(name, apart(nll, want), want:max():item(), slope))
+      assert.is_true(apart(nll, want) < (name == "sure" and 2e-3 or 2e-6) and slope < 8e-3)
+    end
+  end)
+
   it("gives the same bits for any number of threads", function()
     if not tiled then return end
     local x, w, labels = cast(randn(1, 70, 96), C.WANE_BF16), cast(randn(2, 5000, 96), C.WANE_BF16), labels_of(70, 5000)
