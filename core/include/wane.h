@@ -443,11 +443,12 @@ WANE_API int wane_linear_experts_backward(wane_stream *s, wane_handle *dx, const
 /* The weights' part: dw f32 [experts, N, K], dw[e] = the sum over the rows p of expert e, in their order, of dy[p] (outer) x[p]. */
 WANE_API int wane_experts_weight_backward(wane_stream *s, wane_handle *dw, const wane_handle *dy, const wane_handle *x, const wane_handle *bounds, int64_t experts);
 
-/* dx in x's dtype; dweight, dbias f32 [C] (each NULL where it is not wanted; dbias only together with dweight). */
+/* dx in x's dtype; dweight, dbias f32 [C] (each NULL where it is not wanted; dbias only together with dweight). onto (or NULL): a gradient of x that came
+ * another way; where it is contiguous and has x's shape and dtype, dx is added to it in place, rounded once, and *dx stays as it was. */
 WANE_API int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x,
-                                    const wane_handle *weight, double eps, double weight_offset);
+                                    const wane_handle *weight, double eps, double weight_offset, const wane_handle *onto);
 WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, wane_handle *dbias, const wane_handle *dy,
-                                      const wane_handle *x, const wane_handle *weight, double eps);
+                                      const wane_handle *x, const wane_handle *weight, double eps, const wane_handle *onto);
 /* dlogits of sum_m scale[m] * nll[m]. */
 WANE_API int wane_nll_backward(wane_stream *s, wane_handle *dlogits, const wane_handle *logits, const wane_handle *labels, const wane_handle *scale, int64_t ignore_index);
 /* The same of a head, without the scores ever being in memory: nll f32 [M] of x W^T and dx of factor * its sum, in x's dtype; x [M, K], W [V, K] any

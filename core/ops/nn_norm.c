@@ -1,5 +1,6 @@
 /* nn_norm.c: what the norms and their gradients take, and what the front functions of the neural network ops share. */
 #include "nn.h"
+#include <string.h>
 
 /* ---------------------------------------------------------------- shared checks */
 
@@ -85,7 +86,7 @@ static int push_backward(wane_stream *s, int code, const wane_op *plan, wane_ten
     for (int i = 0; i < 4; i++) op->p[i] = plan->p[i];
     op->p[4] = dw ? dw->data : NULL; op->p[5] = statistics; op->p[6] = db ? db->data : NULL;
     op->n[0] = rows; op->n[1] = C;
-    for (int i = 0; i < 5; i++) op->i[i] = plan->i[i];
+    for (int i = 0; i < 6; i++) op->i[i] = plan->i[i];
     op->i[3] = phase;
     op->f[0] = plan->f[0];
     op->d[0] = plan->d[0];
@@ -98,13 +99,13 @@ static int push_backward(wane_stream *s, int code, const wane_op *plan, wane_ten
 }
 
 static int norm_backward(wane_stream *s, wane_handle *hdx, wane_handle *hdw, wane_handle *hdb, const wane_handle *hdy, const wane_handle *hx,
-                         const wane_handle *hw, double eps, double offset, int code) {
+                         const wane_handle *hw, double eps, double offset, const wane_handle *honto, int code) {
   const char *name = code == WANE_OP_RMS_NORM_BACKWARD ? "rms_norm_backward" : "layer_norm_backward";
   int status = wane_enter(s);
   if (status) return status;
-  wane_tensor *dy = wane_use(s, hdy, "dy"), *x = dy ? wane_use(s, hx, "x") : NULL, *w;
+  wane_tensor *dy = wane_use(s, hdy, "dy"), *x = dy ? wane_use(s, hx, "x") : NULL, *w, *onto;
   if (!x) return WANE_E_STALE;
-  if ((status = wane_nn_optional(s, hw, "weight", &w)) || (status = check_x(name, x))) return status;
+  if ((status = wane_nn_optional(s, hw, "weight", &w)) || (status = wane_nn_optional(s, honto, "onto", &onto)) || (status = check_x(name, x))) return status;
   int64_t C = x->shape[x->ndim - 1], rows = wane_numel(x) / C;
   if (!wane_is_float(dy->dtype) || wane_numel(dy) != rows * C || dy->ndim != x->ndim || dy->shape[dy->ndim - 1] != C)
     return wane_fail(WANE_E_SHAPE, "%s: dy %s must have the shape of x %s", name, wane_shape_text(dy), wane_shape_text(x));
@@ -115,7 +116,9 @@ static int norm_backward(wane_stream *s, wane_handle *hdx, wane_handle *hdw, wan
   x = wane_contiguous(s, x, &tmp[0]);
   dy = x ? wane_contiguous(s, dy, &tmp[1]) : NULL;
   if (dy && w) w = wane_contiguous(s, w, &tmp[2]);
-  wane_tensor *dx = dy && (!has_w || w) ? wane_make(s, &made[0], x->dtype, x->ndim, x->shape) : NULL;
+  if (x && onto && (onto->dtype != x->dtype || !wane_is_contiguous(onto) || onto->ndim != x->ndim || memcmp(onto->shape, x->shape, (size_t)x->ndim * sizeof *x->shape)))
+    onto = NULL;
+  wane_tensor *dx = !dy || (has_w && !w) ? NULL : onto ? onto : wane_make(s, &made[0], x->dtype, x->ndim, x->shape);
   wane_tensor *dw = dx && hdw ? wane_make(s, &made[1], WANE_F32, 1, &C) : NULL, *db = dx && hdb ? wane_make(s, &made[2], WANE_F32, 1, &C) : NULL;
   if (!dx || (hdw && !dw) || (hdb && !db)) status = WANE_E_MEMORY;
   else if (rows == 0) {
@@ -123,7 +126,7 @@ static int norm_backward(wane_stream *s, wane_handle *hdx, wane_handle *hdw, wan
     if (db && !status) status = wane_fill(s, &made[2], 0.0);
   } else {
     wane_op plan = { .p = { dx->data, dy->data, x->data, w ? w->data : NULL }, .n = { rows, C } };
-    plan.i[0] = x->dtype; plan.i[1] = w ? w->dtype : 0; plan.i[2] = dy->dtype; plan.i[4] = code == WANE_OP_LAYER_NORM_BACKWARD;
+    plan.i[0] = x->dtype; plan.i[1] = w ? w->dtype : 0; plan.i[2] = dy->dtype; plan.i[4] = code == WANE_OP_LAYER_NORM_BACKWARD; plan.i[5] = onto != NULL;
     plan.f[0] = (float)offset;
     plan.d[0] = eps;
     status = push_backward(s, code, &plan, dx, dw, db);
@@ -133,19 +136,19 @@ static int norm_backward(wane_stream *s, wane_handle *hdx, wane_handle *hdw, wan
     for (int i = 0; i < 3; i++) wane_tensor_free(&made[i]);
     return status;
   }
-  *hdx = made[0];
+  if (!onto) *hdx = made[0];
   if (hdw) *hdw = made[1];
   if (hdb) *hdb = made[2];
   return WANE_OK;
 }
 
 int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x, const wane_handle *weight,
-                           double eps, double weight_offset) {
-  return norm_backward(s, dx, dweight, NULL, dy, x, weight, eps, weight_offset, WANE_OP_RMS_NORM_BACKWARD);
+                           double eps, double weight_offset, const wane_handle *onto) {
+  return norm_backward(s, dx, dweight, NULL, dy, x, weight, eps, weight_offset, onto, WANE_OP_RMS_NORM_BACKWARD);
 }
 
 int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, wane_handle *dbias, const wane_handle *dy, const wane_handle *x,
-                             const wane_handle *weight, double eps) {
+                             const wane_handle *weight, double eps, const wane_handle *onto) {
   if (dbias && !dweight) return wane_fail(WANE_E_ARG, "layer_norm_backward: dbias is computed along with dweight: ask for both");
-  return norm_backward(s, dx, dweight, dbias, dy, x, weight, eps, 0.0, WANE_OP_LAYER_NORM_BACKWARD);
+  return norm_backward(s, dx, dweight, dbias, dy, x, weight, eps, 0.0, onto, WANE_OP_LAYER_NORM_BACKWARD);
 }

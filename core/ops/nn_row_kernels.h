@@ -128,7 +128,7 @@ static void VEC_NAME(wane_nn_layer_norm)(const wane_op *op, uint32_t chunk) {
  * With z = (x - mean) * scale and g = weight + offset: dx = scale * (dy g - mean(dy g) - z mean(dy g z)), the middle term for
  * LAYER_NORM alone; dweight = sum over rows of dy z; dbias = sum of dy.
  * *_NORM_BACKWARD: p 0 dx, 1 dy, 2 x, 3 weight or NULL, 4 dweight f32, 5 statistics f32 [rows, 2], 6 dbias f32 or NULL; n 0 rows,
- * 1 C; i 0 dtype of x and dx, 1 weight's, 2 dy's, 3 phase, 4 centred; f 0, d 0 as above.
+ * 1 C; i 0 dtype of x and dx, 1 weight's, 2 dy's, 3 phase, 4 centred, 5 adds to what dx holds; f 0, d 0 as above.
  * Phase 0, chunks of rows: statistics and dx. Phase 1, chunks of columns: dweight and dbias, each a sum in the order of the rows. */
 
 /* g = dy (weight + offset) and z, the normalised x, of n <= VW elements from i on. */
@@ -158,7 +158,8 @@ VEC void norm_backward_as(const wane_op *op, int64_t lo, int64_t hi, const int d
     for (int64_t i = 0; i < C; i += VW) {
       int n = i < whole ? VW : (int)(C - whole);
       norm_terms(op, at, i, n, m, k, &g, &z, dtype, dy_dtype, w_dtype);
-      vf_put_n(op->p[0], dtype, at + i, vf_mul(k, vf_sub(vf_sub(g, mean_g), vf_mul(z, mean_gz))), n);
+      vf dx = vf_mul(k, vf_sub(vf_sub(g, mean_g), vf_mul(z, mean_gz)));
+      vf_put_n(op->p[0], dtype, at + i, op->i[5] ? vf_add(vf_get_n(op->p[0], dtype, at + i, n), dx) : dx, n);
     }
   }
 }

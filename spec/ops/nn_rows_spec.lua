@@ -200,8 +200,8 @@ S.each_level(function(level, level_name)
           return g
         end
         local dx, dw, db = S.handle(), S.handle(), S.handle()
-        if centred == 1 then core.check(C.wane_layer_norm_backward(s(), dx, dw, db, tdy, tx, tw, 1e-5))
-        else core.check(C.wane_rms_norm_backward(s(), dx, dw, tdy, tx, tw, 1e-5, 1)) end
+        if centred == 1 then core.check(C.wane_layer_norm_backward(s(), dx, dw, db, tdy, tx, tw, 1e-5, nil))
+        else core.check(C.wane_rms_norm_backward(s(), dx, dw, tdy, tx, tw, 1e-5, 1, nil)) end
         assert.is_true(relative(S.list(dx), numeric(x)) < 2e-5)
         assert.is_true(relative(S.list(dw), numeric(w)) < 2e-5)
         if centred == 1 then
@@ -209,12 +209,22 @@ S.each_level(function(level, level_name)
           for i = 1, n do sums[i] = dy[i] + dy[n + i] + dy[2 * n + i] end
           assert.is_true(relative(S.list(db), sums) < 1e-6)
         end
+        -- added to a gradient that is there; one of another dtype is left alone
+        local there, other, before = S.tensor(S.random(3 * n, 15, 3), { 3, n }), S.tensor(S.random(3 * n, 15, 3), { 3, n }, C.WANE_BF16), S.list(dx)
+        for _, onto in ipairs { there, other } do
+          local old, made = S.list(onto), S.handle()
+          if centred == 1 then core.check(C.wane_layer_norm_backward(s(), made, nil, nil, tdy, tx, tw, 1e-5, onto))
+          else core.check(C.wane_rms_norm_backward(s(), made, nil, tdy, tx, tw, 1e-5, 1, onto)) end
+          assert.equal(onto == there, made.t == nil)
+          local got = S.list(onto)
+          for i = 1, 3 * n do if onto == there then assert.near(old[i] + before[i], got[i], 1e-5) else assert.equal(old[i], got[i]) end end
+        end
         -- without a weight, and dx alone
         local unit = {}
         for i = 1, n do unit[i] = centred end
         w, unit = unit, w
-        if centred == 1 then core.check(C.wane_layer_norm_backward(s(), dx, nil, nil, tdy, tx, nil, 1e-5))
-        else core.check(C.wane_rms_norm_backward(s(), dx, nil, tdy, tx, nil, 1e-5, 0)) end
+        if centred == 1 then core.check(C.wane_layer_norm_backward(s(), dx, nil, nil, tdy, tx, nil, 1e-5, nil))
+        else core.check(C.wane_rms_norm_backward(s(), dx, nil, tdy, tx, nil, 1e-5, 0, nil)) end
         assert.is_true(relative(S.list(dx), numeric(x)) < 2e-5)
         w = unit
       end
@@ -335,7 +345,7 @@ describe("arguments", function()
     assert.matches("do not fit a cache of capacity 3", S.message(C.wane_kv_append(s(), S.tensor(S.random(36), { 1, 3, 3, 4 }), four, 2)))
     assert.matches("expected a table", S.message(C.wane_embedding(s(), y, four, i32, C.WANE_F32)))
     assert.matches("ids must be i32 or i64", S.message(C.wane_embedding(s(), y, x, x, C.WANE_F32)))
-    assert.matches("dy .* must have the shape of x", S.message(C.wane_rms_norm_backward(s(), y, nil, four, x, nil, 1e-5, 0)))
+    assert.matches("dy .* must have the shape of x", S.message(C.wane_rms_norm_backward(s(), y, nil, four, x, nil, 1e-5, 0, nil)))
     assert.matches("scale is missing", S.message(C.wane_nll_backward(s(), y, x, i32, nil, -100)))
   end)
 

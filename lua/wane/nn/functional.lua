@@ -200,15 +200,18 @@ function F.embedding(table_, ids, dtype)
   return push("embedding", y, { table_, n = 1 }, function(dy) return one(C.wane_scatter_add, dy.h, ids.h, table_:shape()[1]) end)
 end
 
+-- A gradient that was made, or the mark of one that was added to what had come another way.
+local function made_or_added(dx) return dx.t ~= nil and wrap(dx) or autograd.IN_PLACE end
+
 --- x / rms(x) * (weight + offset) over the last dimension; weight may be nil.
 function F.rms_norm(x, weight, eps, offset)
   offset = offset or 0
   local y = one(C.wane_rms_norm, x.h, h(weight), eps, offset)
   if not recording(x, weight) then return y end
   return push("rms_norm", y, { x, weight, n = 2 }, function(dy)
-    local dx, dw = handle(), needs(weight) and handle() or nil
-    check(C.wane_rms_norm_backward(stream(), dx, dw, dy.h, x.h, h(weight), eps, offset))
-    return wrap(dx), dw and wrap(dw)
+    local dx, dw, onto = handle(), needs(weight) and handle() or nil, autograd.target(x)
+    check(C.wane_rms_norm_backward(stream(), dx, dw, dy.h, x.h, h(weight), eps, offset, h(onto)))
+    return made_or_added(dx), dw and wrap(dw)
   end)
 end
 
@@ -217,9 +220,9 @@ function F.layer_norm(x, weight, bias, eps)
   local y = one(C.wane_layer_norm, x.h, h(weight), h(bias), eps)
   if not recording(x, weight, bias) then return y end
   return push("layer_norm", y, { x, weight, bias, n = 3 }, function(dy)
-    local dx, dw, db = handle(), (needs(weight) or needs(bias)) and handle() or nil, needs(bias) and handle() or nil
-    check(C.wane_layer_norm_backward(stream(), dx, dw, db, dy.h, x.h, h(weight), eps))
-    return wrap(dx), dw and wrap(dw), db and wrap(db)
+    local dx, dw, db, onto = handle(), (needs(weight) or needs(bias)) and handle() or nil, needs(bias) and handle() or nil, autograd.target(x)
+    check(C.wane_layer_norm_backward(stream(), dx, dw, db, dy.h, x.h, h(weight), eps, h(onto)))
+    return made_or_added(dx), dw and wrap(dw), db and wrap(db)
   end)
 end
 
