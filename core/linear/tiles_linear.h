@@ -21,10 +21,15 @@ void TILED(decode_rows)(const wane_qview *w, int64_t n, int64_t count, int64_t k
 void TILED(decode_columns)(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride);
 void TILED(put_tiles)(const wane_linear_args *a, const float *c, int64_t m, int64_t n);
 
-/* c (four tiles: a0 b0, a0 b1, a1 b0, a1 b1) += runs of `steps` tiles; without x's second tile when !two. W, which is a or b, is read once for each panel of
- * x: it is streamed, so that the panel, read once for each pair of W's tiles, stays in the first-level cache. */
-WANE_INLINE void multiply(const char *a0, const char *a1, const char *b0, const char *b1, int64_t steps, float *c, int first, int two, const int w_is_a) {
-  tile_product t = { a0, a1, 64, TILE_BYTES, b0, b1, TILE_BYTES, steps, c, 2 * TILE_FLOATS, TILE_FLOATS, 64 };
+/* Four tiles of results that lie together: a0 b0, a0 b1, a1 b0, a1 b1, of operands in whole tiles. */
+WANE_INLINE tile_product packed(const char *a0, const char *a1, const char *b0, const char *b1, int64_t steps, float *c) {
+  return (tile_product){ .a0 = a0, .a1 = a1, .a_row = 64, .a_step = TILE_BYTES, .b0 = b0, .b1 = b1, .b_step = TILE_BYTES, .steps = steps, .c = c,
+                         .c_down = 2 * TILE_FLOATS, .c_right = TILE_FLOATS, .c_row = 64 };
+}
+
+/* A product, without x's second tile when !two. W, which is a or b, is read once for each panel of x: it is streamed, so that the panel, read once for each
+ * pair of W's tiles, stays in the first-level cache. */
+WANE_INLINE void multiply(tile_product t, int first, int two, const int w_is_a) {
   if (two) tiles_multiply(t, !first, 2, 2, w_is_a ? TILES_STREAM_A : TILES_STREAM_B);
   else if (w_is_a) tiles_multiply(t, !first, 2, 1, TILES_STREAM_A);
   else tiles_multiply(t, !first, 1, 2, TILES_STREAM_B);

@@ -62,13 +62,13 @@ WANE_INLINE void pack_step(const void *x, int dtype, int64_t at, int64_t left, i
 }
 
 /* Rows of a [M, width] tensor as tiles [M / 16][width / 32 + added] of 1 KiB, padded with zeros to 32 rows and 64 columns; turned into
- * [16 pairs][16 rows][2] when `turn`. The low-rank product's u lies where a bias would. */
-static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t chunk, int64_t width, const __m512i *order, int turn) {
+ * [16 pairs][16 rows][2] when `turn`. The low-rank product's u lies where a bias would; of the first `in_place` rows it is all that is packed. */
+static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t chunk, int64_t width, const __m512i *order, int turn, int64_t in_place) {
   _Alignas(64) uint16_t rows[16][STEP];
   int64_t lo, hi, tiles = tiles_of_row(width) + added_tiles(op), rank = op->i[WANE_LINEAR_RANK];
   wane_op_range(op, chunk, a->M, 32, &lo, &hi);
   for (int64_t m = lo; m < round_up(hi, 32) && lo < hi; m += 16) {
-    for (int64_t k = 0; k < width; k += STEP) {
+    for (int64_t k = 0; k < width && m >= in_place; k += STEP) {
       int count = width - k > BLOCK ? STEP : BLOCK;
       char *out = (char *)a->work + (m / 16 * tiles + k / 32) * TILE_BYTES;
       for (int i = 0; i < 16; i++) {
@@ -92,13 +92,18 @@ static void pack(const wane_op *op, uint32_t chunk) {
   __m512i order[2];
   if (a.compute == WANE_COMPUTE_F32) { avx512_pack(op, chunk); return; }
   word_order(order);
-  pack_tiles(&a, op, chunk, a.K, is_fast(&w) ? order : NULL, 1);
+  pack_tiles(&a, op, chunk, a.K, is_fast(&w) ? order : NULL, 1, 0);
+}
+
+/* Rows of dy that BACK reads where they are: bf16 in whole steps, in panels of 32. Rows a multiple of 2 KiB apart would share few sets of a cache. */
+static int64_t rows_in_place(const wane_linear_args *a) {
+  return a->dtype == WANE_BF16 && a->N % BLOCK == 0 && a->N % 1024 != 0 ? a->M / 32 * 32 : 0;
 }
 
 static void back_pack(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   if (a.compute == WANE_COMPUTE_F32) { avx512_back_pack(op, chunk); return; }
-  pack_tiles(&a, op, chunk, a.N, NULL, 0);
+  pack_tiles(&a, op, chunk, a.N, NULL, 0, rows_in_place(&a));
 }
 
 /* ================================================================ forward */
@@ -274,7 +279,7 @@ static void added_columns(const wane_op *op, int64_t k, int64_t columns, char *o
         for (int64_t h = 0; h < 2; h++) {
           int64_t from = k + j + 16 * h, left = at < 3 * r ? K - from : 0;
           __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-          wane_split16(_mm512_maskz_loadu_ps(there, (const float *)op->p[WANE_LINEAR_X] + at % r * K + from), &parts[l][h][0], &parts[l][h][1]);
+          wane_split16(_mm512_maskz_loadu_ps(there, (const float *)op->p[WANE_LINEAR_BIAS] + at % r * K + from), &parts[l][h][0], &parts[l][h][1]);
         }
         row[l] = _mm512_inserti64x4(_mm512_inserti64x4(_mm512_setzero_si512(), parts[l][0][lo], 0), parts[l][1][lo], 1);
       }
@@ -344,7 +349,7 @@ static void set_decoded(char *scratch, name now) {
 WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t tiles, int64_t p,
                              int64_t part, int back, int onto) {
   int64_t outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
-  int64_t run = tiles_of_run(part), phased = cut->phased;
+  int64_t run = tiles_of_run(part), phased = cut->phased, in_place = back ? rows_in_place(a) : 0, own = tiles_of_row(back ? a->N : a->K);
   float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
   for (int64_t m = m0; m < m1; m += 32)
     for (int64_t k = 0; k < part; k += run) {
@@ -353,8 +358,17 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
       for (int64_t i = 0; i < pairs; i++) {
         const char *w0 = w + 2 * i * stride + k * TILE_BYTES, *w1 = w0 + stride;
         float *c = kept + ((phased ? (m - m0) / 32 * pairs : 0) + (phased || run < part ? i : 0)) * 1024;
-        if (back) multiply(x0, x1, w0, w1, least(run, part - k), c, p + k == 0, a->M - m > 16, 0);
-        else multiply(w0, w1, x0, x1, least(run, part - k), c, p + k == 0, a->M - m > 16, 1);
+        int64_t steps = least(run, part - k);
+        if (!back) multiply(packed(w0, w1, x0, x1, steps, c), p + k == 0, a->M - m > 16, 1);
+        else if (m >= in_place) multiply(packed(x0, x1, w0, w1, steps, c), p + k == 0, a->M - m > 16, 0);
+        else {
+          int64_t there = own - p - k < 0 ? 0 : least(steps, own - p - k), row = a->N * 2;      /* steps of dy itself; the rest are u's */
+          const char *dy = (const char *)a->x + m * row + (p + k) * 64;
+          tile_product t = packed(dy, dy + 16 * row, w0, w1, there, c);
+          t.a_row = row; t.a_step = 64;
+          t.more0 = x0 + there * TILE_BYTES; t.more1 = x1 + there * TILE_BYTES; t.more = steps - there;
+          multiply(t, p + k == 0, 1, 0);
+        }
         if (!last) continue;
         if (back) put_rows(a, c, m, o + 32 * i, onto); else TILED(put_tiles)(a, c, m, o + 32 * i);
       }

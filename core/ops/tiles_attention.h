@@ -63,7 +63,8 @@ static operand tiles_of(const char *base, int64_t first, int64_t down) { return 
 
 /* Four tiles c (down: the second tile of a, right: of b), rows `c_row` bytes apart, (+)= `steps` products. b's steps in tiles, c's in floats. */
 VEC void product4(operand a, const char *b, int64_t b_right, int64_t b_step, int64_t steps, float *c, int64_t c_down, int64_t c_right, int64_t c_row, const int add) {
-  tile_product t = { a.p, a.p + a.down, a.row, a.step, b, b + b_right * TILE_BYTES, b_step * TILE_BYTES, steps, c, c_down, c_right, c_row };
+  tile_product t = { .a0 = a.p, .a1 = a.p + a.down, .a_row = a.row, .a_step = a.step, .b0 = b, .b1 = b + b_right * TILE_BYTES, .b_step = b_step * TILE_BYTES,
+                     .steps = steps, .c = c, .c_down = c_down, .c_right = c_right, .c_row = c_row };
   tiles_multiply(t, add, 2, 2, TILES_KEEP);
 }
 

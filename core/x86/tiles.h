@@ -54,8 +54,8 @@ static inline __attribute__((always_inline, unused)) __m512i load_bf16(const voi
   return to_bf16(_mm512_cvtph_ps(_mm256_loadu_si256(h)), _mm512_cvtph_ps(_mm256_loadu_si256(h + 1)));
 }
 
-/* Where a product's tiles are. First operands: rows `a_row` bytes apart. Results: rows `c_row` bytes apart, the tile below (of a1) `c_down`, the tile beside
- * (of b1) `c_right` floats on. Steps along the contraction are in bytes. */
+/* Where a product's tiles are. First operands: rows `a_row` bytes apart; after `steps` of them, `more` steps of whole tiles from more0 and more1 on. Results:
+ * rows `c_row` bytes apart, the tile below (of a1) `c_down`, the tile beside (of b1) `c_right` floats on. Steps along the contraction are in bytes. */
 typedef struct tile_product {
   const char *a0, *a1;
   int64_t a_row, a_step;
@@ -63,6 +63,8 @@ typedef struct tile_product {
   int64_t b_step, steps;
   float *c;
   int64_t c_down, c_right, c_row;
+  const char *more0, *more1;
+  int64_t more;
 } tile_product;
 /* Operands that are read once and shall pass by the first-level cache. */
 enum { TILES_KEEP, TILES_STREAM_A, TILES_STREAM_B };
@@ -70,7 +72,21 @@ enum { TILES_KEEP, TILES_STREAM_A, TILES_STREAM_B };
 #ifdef WANE_TILES_AMX
 #define TILE(t, at, row, streamed) do { if (streamed) _tile_stream_loadd(t, at, row); else _tile_loadd(t, at, row); } while (0)
 
-/* c (+)= a b: `down` tiles of a (1 or 2) times `right` tiles of b. All but the tiles' places are constants. Two by two, a load serves two products. */
+/* Steps of a product whose results are in tiles 0 to 3. Two by two, a load serves two products. */
+static inline __attribute__((always_inline, unused)) void tiles_steps(tile_product *t, const int down, const int right, const int stream) {
+  for (int64_t i = 0; i < t->steps; i++, t->a0 += t->a_step, t->a1 += t->a_step, t->b0 += t->b_step, t->b1 += t->b_step) {
+    TILE(6, t->b0, 64, stream == TILES_STREAM_B);
+    TILE(4, t->a0, t->a_row, stream == TILES_STREAM_A);
+    if (right == 2) TILE(7, t->b1, 64, stream == TILES_STREAM_B);
+    _tile_dpbf16ps(0, 4, 6);
+    if (down == 2) TILE(5, t->a1, t->a_row, stream == TILES_STREAM_A);
+    if (right == 2) _tile_dpbf16ps(1, 4, 7);
+    if (down == 2) _tile_dpbf16ps(2, 5, 6);
+    if (down == 2 && right == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+/* c (+)= a b: `down` tiles of a (1 or 2) times `right` tiles of b. All but the tiles' places are constants. */
 static inline __attribute__((always_inline, unused)) void tiles_multiply(tile_product t, int add, const int down, const int right, const int stream) {
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   if (add) {
@@ -79,15 +95,10 @@ static inline __attribute__((always_inline, unused)) void tiles_multiply(tile_pr
     if (down == 2) _tile_loadd(2, t.c + t.c_down, t.c_row);
     if (down == 2 && right == 2) _tile_loadd(3, t.c + t.c_down + t.c_right, t.c_row);
   }
-  for (int64_t i = 0; i < t.steps; i++, t.a0 += t.a_step, t.a1 += t.a_step, t.b0 += t.b_step, t.b1 += t.b_step) {
-    TILE(6, t.b0, 64, stream == TILES_STREAM_B);
-    TILE(4, t.a0, t.a_row, stream == TILES_STREAM_A);
-    if (right == 2) TILE(7, t.b1, 64, stream == TILES_STREAM_B);
-    _tile_dpbf16ps(0, 4, 6);
-    if (down == 2) TILE(5, t.a1, t.a_row, stream == TILES_STREAM_A);
-    if (right == 2) _tile_dpbf16ps(1, 4, 7);
-    if (down == 2) _tile_dpbf16ps(2, 5, 6);
-    if (down == 2 && right == 2) _tile_dpbf16ps(3, 5, 7);
+  tiles_steps(&t, down, right, stream);
+  if (t.more) {
+    tile_product more = { .a0 = t.more0, .a1 = t.more1, .a_row = 64, .a_step = TILE_BYTES, .b0 = t.b0, .b1 = t.b1, .b_step = t.b_step, .steps = t.more };
+    tiles_steps(&more, down, right, stream);
   }
   _tile_stored(0, t.c, t.c_row);
   if (right == 2) _tile_stored(1, t.c + t.c_right, t.c_row);
@@ -110,14 +121,9 @@ static inline __attribute__((always_inline, unused)) __m512 wane_dot_pairs(__m51
 #endif
 }
 
-/* Eight rows of results: a pair of a is broadcast to one or two registers of b. 16 sums hide the latency, 10 loads serve 16 products. */
-static inline __attribute__((always_inline, unused)) void tiles_rows(const char *a, int64_t a_row, int64_t a_step, const char *b0, const char *b1, int64_t b_step,
-                                                                     int64_t steps, float *c, int64_t c_right, int64_t c_row, int add, const int right) {
-  __m512 s[8][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < right; j++) s[i][j] = add ? _mm512_loadu_ps((const char *)(c + j * c_right) + i * c_row) : _mm512_setzero_ps();
+/* Steps of eight rows of results: a pair of a is broadcast to one or two registers of b. 16 sums hide the latency, 10 loads serve 16 products. */
+static inline __attribute__((always_inline, unused)) void tiles_steps(__m512 s[8][2], const char *a, int64_t a_row, int64_t a_step, const char *b0, const char *b1,
+                                                                      int64_t b_step, int64_t steps, const int right) {
   for (; steps > 0; steps--, a += a_step, b0 += b_step, b1 += b_step)
 #pragma GCC unroll 4
     for (int k = 0; k < 64; k += 4) {
@@ -131,20 +137,31 @@ static inline __attribute__((always_inline, unused)) void tiles_rows(const char 
         if (right == 2) s[i][1] = wane_dot_pairs(s[i][1], x, y1);
       }
     }
+}
+
+/* Rows `row` to row + 7 of c's tile of a0 or, `second`, of a1. */
+static inline __attribute__((always_inline, unused)) void tiles_rows(const tile_product *t, const int second, int row, int add, const int right) {
+  __m512 s[8][2];
+  float *c = t->c + (second ? t->c_down : 0) + row * t->c_row / 4;
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < right; j++) _mm512_storeu_ps((char *)(c + j * c_right) + i * c_row, s[i][j]);
+    for (int j = 0; j < right; j++) s[i][j] = add ? _mm512_loadu_ps((const char *)(c + j * t->c_right) + i * t->c_row) : _mm512_setzero_ps();
+  tiles_steps(s, (second ? t->a1 : t->a0) + row * t->a_row, t->a_row, t->a_step, t->b0, t->b1, t->b_step, t->steps, right);
+  if (t->more)
+    tiles_steps(s, (second ? t->more1 : t->more0) + row * 64, 64, TILE_BYTES, t->b0 + t->steps * t->b_step, t->b1 + t->steps * t->b_step, t->b_step, t->more, right);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < right; j++) _mm512_storeu_ps((char *)(c + j * t->c_right) + i * t->c_row, s[i][j]);
 }
 
 /* c (+)= a b: `down` tiles of a (1 or 2) times `right` tiles of b. */
 static inline __attribute__((always_inline, unused)) void tiles_multiply(tile_product t, int add, const int down, const int right, const int stream) {
   (void)stream;
   for (int i = 0; i < 2 * down; i++) {
-    const char *a = (i < 2 ? t.a0 : t.a1) + i % 2 * 8 * t.a_row;
-    float *c = t.c + (i < 2 ? 0 : t.c_down) + i % 2 * 2 * t.c_row;
-    if (add) tiles_rows(a, t.a_row, t.a_step, t.b0, t.b1, t.b_step, t.steps, c, t.c_right, t.c_row, 1, right);
-    else tiles_rows(a, t.a_row, t.a_step, t.b0, t.b1, t.b_step, t.steps, c, t.c_right, t.c_row, 0, right);
+    if (add) tiles_rows(&t, i > 1, i % 2 * 8, 1, right);
+    else tiles_rows(&t, i > 1, i % 2 * 8, 0, right);
   }
 }
 #endif
