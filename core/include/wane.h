@@ -286,9 +286,10 @@ typedef struct wane_lora_options {
   uint64_t seed, offset;     /* of the mask; see above */
 } wane_lora_options;
 /* wane_linear, wane_lora_down and wane_lora_up at once: y = x W^T + bias + u B^T, u = scale * drop(x) A^T (to be kept for backward). Where tiles multiply
- * (AMX and AMD's AVX512-BF16, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and never read. */
+ * (AMX and AMD's AVX512-BF16, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and
+ * never read. onto (or NULL): a tensor of y's shape and dtype that is added too; where tiles multiply and there is no bias, before that one rounding. */
 WANE_API int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
-                              const wane_handle *B, const wane_lora_options *options, int compute, float threshold);
+                              const wane_handle *B, const wane_lora_options *options, int compute, float threshold, const wane_handle *onto);
 /* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. onto (or NULL): a gradient of x that came another way, in dy's dtype and contiguous; where the
  * kernels can, dx is added to it with one rounding, *added is 1 and dx is left alone, else *added is 0 (added may be NULL without onto). If the call fails
  * after the addition was enqueued, onto holds it: drop both. */

@@ -36,7 +36,8 @@ typedef struct product {
   void *work;
   const float *u, *factor;               /* a low-rank product beside it: see WANE_LINEAR_RANK */
   int64_t rank;
-  int onto;                              /* y holds something that is added to: see WANE_LINEAR_ONTO */
+  int onto;                              /* something is added to: see WANE_LINEAR_ONTO */
+  const wane_tensor *other;              /* forward: this */
 } product;
 
 /* Fills a fresh record with everything that all ops of a product share. rows [m0, m0 + rows) of x and y. */
@@ -88,6 +89,7 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
     op->i[WANE_LINEAR_RANK] = (int32_t)p->rank;
     op->p[multiply == WANE_OP_LINEAR_BACK ? WANE_LINEAR_BIAS : WANE_LINEAR_X] = (void *)p->factor;
     op->i[WANE_LINEAR_ONTO] = p->onto;
+    if (p->other) op->p[WANE_LINEAR_BIAS] = p->other->data + m0 * p->out * wane_size_of(p->x->dtype);
   }
   if (multiply == WANE_OP_LINEAR_ROWS) op->nchunks = at_most(wane_chunks(weights * ((rows + 3) / 4), 1 << 16), p->out);
   else if (multiply == WANE_OP_LINEAR_MANY) op->nchunks = at_most(wane_chunks(weights / 256 * rows, 1 << 12), (p->out + 23) / 24 * ((rows + 127) / 128));
@@ -160,7 +162,7 @@ static int check_compute(int compute) {
 }
 
 /* A low-rank product beside one: handles of u [M, r] and of its other factor, [out, r] or, `turned`, [r, out]. onto: a tensor of the result's shape and dtype
- * to add the whole to, or NULL. */
+ * to add the whole to (backward: in place), or NULL. */
 typedef struct beside {
   const wane_handle *u, *factor;
   int turned;
@@ -180,14 +182,15 @@ static int take_beside(wane_stream *s, product *p, const beside *a, int rows) {
   if (a->onto) {
     wane_tensor *onto = wane_use(s, a->onto, "onto");
     if (!onto) return WANE_E_STALE;
-    p->onto = onto->dtype == p->x->dtype && wane_is_contiguous(onto) && wane_numel(onto) == p->M * p->out;
-    if (p->onto) p->y = onto;
+    p->onto = onto->dtype == p->x->dtype && wane_is_contiguous(onto) && wane_numel(onto) == p->M * p->out && !p->bias;
+    if (p->onto && a->turned) p->y = onto;
+    else if (p->onto) p->other = onto;
   }
   p->u = (const float *)(const void *)u->data; p->factor = (const float *)(const void *)factor->data; p->rank = u->shape[1];
   return WANE_OK;
 }
 
-/* The forward product; *added: whether what is `beside` it was added (NULL: there is nothing). */
+/* The forward product; *added: 1 if what is `beside` it was added, 2 if `onto` was too (NULL: there is nothing). */
 static int forward(wane_stream *s, wane_handle *y, const wane_handle *x, const wane_handle *w, const wane_handle *bias, int compute, float threshold,
                    const beside *beside, int *added) {
   product p = { .compute = compute & ~WANE_COMPUTE_INVARIANT, .threshold = threshold };
@@ -212,7 +215,7 @@ static int forward(wane_stream *s, wane_handle *y, const wane_handle *x, const w
     rows = p.M <= WANE_LINEAR_FEW || (compute & WANE_COMPUTE_INVARIANT);
     if (beside) {
       status = take_beside(s, &p, beside, rows);
-      *added = status == WANE_OK;
+      *added = status == WANE_OK ? 1 + p.onto : 0;
       if (status == WANE_E_UNSUPPORTED) status = WANE_OK;
     }
     if (status == WANE_OK) status = product_run(s, &p, rows ? WANE_OP_LINEAR_PREPARE : WANE_OP_LINEAR_PACK, rows ? WANE_OP_LINEAR_ROWS : WANE_OP_LINEAR_MANY);
@@ -258,12 +261,26 @@ int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy,
 
 /* ---------------------------------------------------------------- with an adapter */
 
+static int check_onto(wane_stream *s, const wane_handle *onto, const wane_handle *y) {
+  wane_tensor *a = wane_use(s, onto, "onto"), *b = a ? wane_use(s, y, "y") : NULL;
+  if (!b) return WANE_E_STALE;
+  if (a->dtype != b->dtype || a->ndim != b->ndim || memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape))
+    return wane_fail(WANE_E_SHAPE, "linear_lora: onto is %s; the result it is added to is %s", wane_shape_text(a), wane_shape_text(b));
+  return WANE_OK;
+}
+
 int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
-                     const wane_handle *B, const wane_lora_options *o, int compute, float threshold) {
-  wane_handle made[2] = { { NULL, 0, 0 } };
+                     const wane_handle *B, const wane_lora_options *o, int compute, float threshold, const wane_handle *onto) {
+  wane_handle made[3] = { { NULL, 0, 0 } };                                /* y, u, y with onto */
   int added = 0, status = wane_lora_down(s, &made[1], x, A, o->scale, o->p, o->seed, o->offset);
-  if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0, NULL }, &added);
+  if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0, onto }, &added);
+  if (status == WANE_OK && onto) status = check_onto(s, onto, &made[0]);
   if (status == WANE_OK && !added) status = wane_lora_up(s, &made[0], &made[1], B);
+  if (status == WANE_OK && onto && added != 2) {
+    status = wane_binary(s, &made[2], onto, &made[0], WANE_ADD);
+    if (status == WANE_OK) wane_tensor_free(&made[0]);
+    if (status == WANE_OK) made[0] = made[2];
+  }
   if (status != WANE_OK) {
     for (int i = 0; i < 2; i++) if (made[i].t) wane_tensor_free(&made[i]);
     return status;

@@ -60,7 +60,7 @@ enum {
   WANE_LINEAR_ALONE = 4,     /* LLM_INT8, preparing ops: 1 if no SCAN ran before */
   WANE_LINEAR_RANK = 5,      /* r > 0: y += u B too (BACK: dx += du A). Preparing ops have u f32 [M, r] where the bias is, MANY B [N, r] where x is, BACK
                               * A [r, K] where the bias is. Only where WANE_OP_LINEAR_ADDS is, not for LLM_INT8, not with WANE_COMPUTE_F32 */
-  WANE_LINEAR_ONTO = 6,      /* i, BACK with a rank: 1 adds to what dx holds */
+  WANE_LINEAR_ONTO = 6,      /* i, with a rank, 1: BACK adds to what dx holds, MANY adds the tensor [M, N] of y's dtype that is where a bias would be */
   WANE_LINEAR_THRESHOLD = 0  /* f */
 };
 

@@ -19,7 +19,6 @@ static inline int64_t tiles_of_run(int64_t tiles) {
 /* tiles_many.h, where they are explained. */
 void TILED(decode_rows)(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales);
 void TILED(decode_columns)(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride);
-void TILED(put_tiles)(const wane_linear_args *a, const float *c, int64_t m, int64_t n);
 
 /* Four tiles of results that lie together: a0 b0, a0 b1, a1 b0, a1 b1, of operands in whole tiles. */
 WANE_INLINE tile_product packed(const char *a0, const char *a1, const char *b0, const char *b1, int64_t steps, float *c) {

@@ -171,19 +171,31 @@ static void added_rows(const wane_op *op, int64_t n, int64_t count, char *out, i
     wane_split_row(i < count ? (const float *)op->p[WANE_LINEAR_X] + (n + i) * r : NULL, r, WANE_SPLIT_SECOND, out + i / 16 * stride + i % 16 * 64);
 }
 
-/* Two panels of 16 tokens of rows [n, n + 32) to y. c: four tiles. */
-void TILED(put_tiles)(const wane_linear_args *a, const float *c, int64_t m, int64_t n) {
+/* 32 results of a row that begin at element `at` of a tensor: the first `count` and what lies there already, zeros beyond. */
+WANE_INLINE void add_there(const void *x, int dtype, int64_t at, int64_t count, __m512 *lo, __m512 *hi) {
+  float there[32] = { 0 };
+  for (int64_t j = 0; count < 32 && j < count; j++) there[j] = wane_float_at(x, dtype, at + j);
+  for (int64_t j = 0; count == 32 && j < 32; j += 8) _mm256_storeu_ps(there + j, avx2_load(x, dtype, at + j));
+  *lo = _mm512_add_ps(*lo, _mm512_loadu_ps(there));
+  *hi = _mm512_add_ps(*hi, _mm512_loadu_ps(there + 16));
+}
+
+/* Two panels of 16 tokens of rows [n, n + 32) to y, `onto` what lies where a bias would. c: four tiles. */
+static void put_turned(const wane_linear_args *a, const float *c, int64_t m, int64_t n, int onto) {
   _Alignas(64) float turned[2][16][16], bias[32] = { 0 };
   int64_t count = least(32, a->N - n);
-  if (a->bias) for (int64_t i = 0; i < count; i++) bias[i] = wane_linear_bias(a, n + i);
+  if (a->bias && !onto) for (int64_t i = 0; i < count; i++) bias[i] = wane_linear_bias(a, n + i);
   __m512 lo = _mm512_loadu_ps(bias), hi = _mm512_loadu_ps(bias + 16);
   for (int x = 0; x < 2; x++) {
-    int64_t rows = least(16, a->M - m - 16 * x);
+    int64_t rows = least(16, a->M - m - 16 * x), at = (m + 16 * x) * a->N + n;
     if (rows <= 0) break;
     wane_transpose16(c + x * 256, 64, turned[0], 64);
     wane_transpose16(c + (2 + x) * 256, 64, turned[1], 64);
-    for (int64_t t = 0; t < rows; t++)
-      put_row(a->y, a->dtype, (m + 16 * x + t) * a->N + n, _mm512_add_ps(_mm512_loadu_ps(turned[0][t]), lo), _mm512_add_ps(_mm512_loadu_ps(turned[1][t]), hi), count);
+    for (int64_t t = 0; t < rows; t++, at += a->N) {
+      __m512 y0 = _mm512_add_ps(_mm512_loadu_ps(turned[0][t]), lo), y1 = _mm512_add_ps(_mm512_loadu_ps(turned[1][t]), hi);
+      if (onto) add_there(a->bias, a->dtype, at, count, &y0, &y1);
+      put_row(a->y, a->dtype, at, y0, y1, count);
+    }
   }
 }
 
@@ -295,13 +307,7 @@ static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64
     const float *row = c + i / 16 * 512 + i % 16 * 16;
     int64_t at = (m + i) * a->K + k;
     __m512 lo = _mm512_loadu_ps(row), hi = _mm512_loadu_ps(row + 256);
-    if (onto) {
-      float old[32] = { 0 };
-      for (int64_t j = 0; count < 32 && j < count; j++) old[j] = wane_float_at(a->y, a->dtype, at + j);
-      for (int64_t j = 0; count == 32 && j < 32; j += 8) _mm256_storeu_ps(old + j, avx2_load(a->y, a->dtype, at + j));
-      lo = _mm512_add_ps(lo, _mm512_loadu_ps(old));
-      hi = _mm512_add_ps(hi, _mm512_loadu_ps(old + 16));
-    }
+    if (onto) add_there(a->y, a->dtype, at, count, &lo, &hi);
     put_row(a->y, a->dtype, at, lo, hi, count);
   }
 }
@@ -370,7 +376,7 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
           multiply(t, p + k == 0, 1, 0);
         }
         if (!last) continue;
-        if (back) put_rows(a, c, m, o + 32 * i, onto); else TILED(put_tiles)(a, c, m, o + 32 * i);
+        if (back) put_rows(a, c, m, o + 32 * i, onto); else put_turned(a, c, m, o + 32 * i, onto);
       }
     }
 }

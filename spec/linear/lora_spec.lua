@@ -210,7 +210,7 @@ describe("a product with an adapter, as one op,", function()
               core.scope(function()
                 local what = ("%s %s, dtype %d, p %g"):format(level, table.concat(c, " "), dtype, p)
                 local y, u, dx, dA, dB = S.handle(), S.handle(), S.handle(), S.handle(), S.handle()
-                core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, bias.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, threshold))
+                core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, bias.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, threshold, nil))
                 core.check(C.wane_linear_lora_backward(s(), dx, dA, dB, dy.h, x.h, u, w.h, A.h, B.h, o, C.WANE_COMPUTE_BF16, nil, nil))
                 local y2, u2, du, dx2, dA2, dB2 = S.handle(), S.handle(), S.handle(), S.handle(), S.handle(), S.handle()
                 core.check(C.wane_linear(s(), y2, x.h, w.h, bias.h, C.WANE_COMPUTE_BF16, threshold))
@@ -240,7 +240,7 @@ describe("a product with an adapter, as one op,", function()
     local x, w, A = F.cast(wane.full({ M, K }, 1.25), C.WANE_BF16), F.cast(wane.full({ N, K }, 1.26), C.WANE_BF16), wane.full({ 8, K }, 1 / K)
     local B = randn(8, N, 8) * 0.02 + 0.01
     local y, plain, u, o = S.handle(), S.handle(), S.handle(), ffi.new("wane_lora_options", { scale = 1 })
-    core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1))
+    core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1, nil))
     core.check(C.wane_linear(s(), plain, x.h, w.h, nil, C.WANE_COMPUTE_BF16, -1))
     local moved, want = (values(y) - values(plain)):mean():item(), (B:sum(2) * 1.25):mean():item()
     assert.is_true(math.abs(moved) > 0.25 * math.abs(want), ("moved by %g, wanted %g"):format(moved, want))
@@ -270,10 +270,38 @@ describe("a product with an adapter, as one op,", function()
     end
   end)
 
+  it("adds the result to a tensor, once rounded where tiles multiply and no bias stands in the way", function()
+    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 }, { 3, 64, 32, 4 }, { 1030, 64, 64, 2 } } do
+      local M, K, N, r = unpack(c)
+      local w, A, B, bias = F.cast(randn(2, N, K), C.WANE_BF16), randn(3, r, K), randn(4, N, r), randn(6, N)
+      for _, dtype in ipairs { C.WANE_F32, C.WANE_BF16, C.WANE_F16 } do
+        local x, old = F.cast(randn(1, M, K), dtype), F.cast(randn(8, M, N) * 50, dtype)
+        local before = F.cast(old, C.WANE_F32)
+        S.each_level(function()
+          for _, b in ipairs { false, bias } do
+            local o, y, plain, u = ffi.new("wane_lora_options", { scale = 1 }), S.handle(), S.handle(), S.handle()
+            core.check(C.wane_linear_lora(s(), plain, u, x.h, w.h, b and b.h or nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1, nil))
+            wrap(u)
+            u = S.handle()
+            core.check(C.wane_linear_lora(s(), y, u, x.h, w.h, b and b.h or nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1, old.h))
+            wrap(u)
+            local want = values(plain) + before
+            assert.is_true(apart(values(y), want) <= (dtype == C.WANE_F32 and 2e-6 or dtype == C.WANE_F16 and 2 ^ -10 or 2 ^ -7))
+          end
+        end)
+        assert.equal(0, apart(old, before))
+      end
+    end
+    local y, u, x = S.handle(), S.handle(), randn(1, 20, 8)
+    local weight, A, B, o = randn(2, 12, 8), randn(3, 4, 8), randn(4, 12, 4), ffi.new("wane_lora_options", { scale = 1 })
+    assert.matches("onto is .*20, 11.*; the result it is added to is .*20, 12",
+      S.message(C.wane_linear_lora(s(), y, u, x.h, weight.h, nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1, randn(5, 20, 11).h)))
+  end)
+
   it("refuses factors of other shapes", function()
     local x, w, o = randn(1, 20, 8), randn(2, 12, 8), ffi.new("wane_lora_options", { scale = 1 })
     local y, u = S.handle(), S.handle()
-    local function message(A, B) return S.message(C.wane_linear_lora(s(), y, u, x.h, w.h, nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1)) end
+    local function message(A, B) return S.message(C.wane_linear_lora(s(), y, u, x.h, w.h, nil, A.h, B.h, o, C.WANE_COMPUTE_BF16, -1, nil)) end
     assert.matches("do not belong to a product of 20 rows with 12 outputs", message(randn(3, 4, 8), randn(4, 11, 4)))
     assert.matches("do not belong", message(randn(3, 4, 8), randn(4, 12, 5)))
     assert.matches("expected A %[r, 8%]", message(randn(3, 4, 9), randn(4, 12, 4)))

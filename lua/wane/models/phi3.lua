@@ -8,10 +8,11 @@ local function Attention(c)
   return nn.module {
     qkv_proj = nn.Linear(c.hidden_size, (H + 2 * KV) * D, false),
     o_proj = nn.Linear(H * D, c.hidden_size, false),
-    forward = function(self, x, pass)
+    ending = "o_proj",
+    inner = function(self, x, pass)
       local q, k, v = pass:split(self.qkv_proj(x), D, 1, H, KV, KV)
       q, k = pass:rotary(c.rotary, q, k)
-      return self.o_proj(pass:attend(q, k, v, { window = c.sliding_window }))
+      return pass:attend(q, k, v, { window = c.sliding_window })
     end,
   }
 end
@@ -21,9 +22,10 @@ local function MLP(c)
   return nn.module {
     gate_up_proj = nn.Linear(c.hidden_size, 2 * width, false),
     down_proj = nn.Linear(width, c.hidden_size, false),
-    forward = function(self, x)
+    ending = "down_proj",
+    inner = function(self, x)
       local both = self.gate_up_proj(x)
-      return self.down_proj(gated(narrow(both, 2, 0, width), narrow(both, 2, width, width)))
+      return gated(narrow(both, 2, 0, width), narrow(both, 2, width, width))
     end,
   }
 end

@@ -117,10 +117,11 @@ end
 -- @param parts table[]
 -- @param x wane.Tensor [.., in]
 -- @param compute integer of the base's product; the adapters' own are exact
+-- @param onto wane.Tensor|nil [.., out] to be added
 -- @return wane.Tensor [.., out]
-function M.linear(layer, parts, x, compute)
+function M.linear(layer, parts, x, compute, onto)
   local bias = rawget(layer, "bias")
-  if autograd.dropping and are_plain(layer, parts) then return F.linear_lora(x, layer.weight, bias, parts, compute, layer.threshold) end
+  if autograd.dropping and are_plain(layer, parts) then return F.linear_lora(x, layer.weight, bias, parts, compute, layer.threshold, onto) end
   local late = bias and has_dora(parts)                    -- DoRA scales the product alone
   local base = F.linear(x, layer.weight, not late and bias or nil, compute, layer.threshold)
   local y = base
@@ -133,7 +134,8 @@ function M.linear(layer, parts, x, compute)
     end
     y = joined(layer, part, y, base, u)
   end
-  return late and F.add(y, bias) or y
+  y = late and F.add(y, bias) or y
+  return onto and F.add(onto, y) or y
 end
 
 -- The parts of every adapter that is active on one of the experts: a list of { [expert] = part }, in the order of the adapters.

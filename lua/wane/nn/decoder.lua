@@ -2,7 +2,6 @@
 -- them. A family says which switches it sets; what is its own (Gemma's four norms, Phi-3's fused matrices) stays in its file.
 -- Source of names and formulas: transformers 4 modeling_llama.py and its siblings.
 -- @module wane.nn.decoder
-local F = require "wane.nn.functional"
 local Linear = require("wane.nn.linear").new
 local layers = require "wane.nn.layers"
 local module = require "wane.nn.module"
@@ -43,11 +42,12 @@ function M.Attention(c, o)
     o_proj = Linear(H * D, c.hidden_size, o.output_bias or false),
     q_norm = norm(),
     k_norm = norm(),
-    forward = function(self, x, pass)
+    ending = "o_proj",
+    inner = function(self, x, pass)
       local q, k, v = pass:heads(H, self.q_proj(x)), pass:heads(KV, self.k_proj(x)), pass:heads(KV, self.v_proj(x))
       if o.head_norms then q, k = self.q_norm(q), self.k_norm(k) end
       q, k = pass:rotary(o.rotary or c.rotary, q, k)
-      return self.o_proj(pass:attend(q, k, v, how))
+      return pass:attend(q, k, v, how)
     end,
   }
 end
@@ -62,7 +62,8 @@ function M.MLP(c, width, bias)
     gate_proj = Linear(c.hidden_size, width, bias or false),
     up_proj = Linear(c.hidden_size, width, bias or false),
     down_proj = Linear(width, c.hidden_size, bias or false),
-    forward = function(self, x) return self.down_proj(gated(self.gate_proj(x), self.up_proj(x))) end,
+    ending = "down_proj",
+    inner = function(self, x) return gated(self.gate_proj(x), self.up_proj(x)) end,
   }
 end
 
@@ -79,8 +80,8 @@ function M.Layer(c, attention, mlp, mlp_name)
     input_layernorm = layers.RMSNorm.new(c.hidden_size, c.rms_norm_eps),
     post_attention_layernorm = layers.RMSNorm.new(c.hidden_size, c.rms_norm_eps),
     forward = function(self, x, pass)
-      x = F.add(x, self.self_attn(self.input_layernorm(x), pass))
-      return F.add(x, self[mlp_name](self.post_attention_layernorm(x), pass))
+      x = self.self_attn:added_to(x, self.input_layernorm(x), pass)
+      return self[mlp_name]:added_to(x, self.post_attention_layernorm(x), pass)
     end,
   }
 end

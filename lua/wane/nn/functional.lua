@@ -63,18 +63,20 @@ local function options_of(part, seed)
   return lora_options
 end
 
---- A frozen product with low-rank adapters beside it, as one op: y = x · Wᵀ + bias + sum over the parts of s·B (A drop(x)); see
---- wane_linear_lora, which takes the first part; the others are added. What is kept for backward are the narrow results of A alone.
+--- A frozen product with low-rank adapters beside it, as one op: y = x · Wᵀ + bias + onto + sum over the parts of s·B (A drop(x)); see
+-- wane_linear_lora, which takes the first part; the others are added. What is kept for backward are the narrow results of A alone.
 -- @param parts table[] { A [r, K], B [N, r], scale, dropout }
-function F.linear_lora(x, weight, bias, parts, compute, threshold)
-  local inputs, narrow, seeds, y = { x, n = 1 + 2 * #parts }, {}, {}
+-- @param onto wane.Tensor|nil of y's shape and dtype
+function F.linear_lora(x, weight, bias, parts, compute, threshold, onto)
+  local inputs, narrow, seeds, y = { x, n = 2 + 2 * #parts }, {}, {}
+  inputs[inputs.n] = onto
   for i, part in ipairs(parts) do
     inputs[2 * i], inputs[2 * i + 1] = part.A, part.B
     seeds[i] = autograd.dropping and (part.dropout or 0) > 0 and autograd.next_seed() or nil
     local u, o = handle(), options_of(part, seeds[i])
     if i == 1 then
       y = handle()
-      check(C.wane_linear_lora(stream(), y, u, x.h, weight.h, h(bias), part.A.h, part.B.h, o, compute, threshold or -1))
+      check(C.wane_linear_lora(stream(), y, u, x.h, weight.h, h(bias), part.A.h, part.B.h, o, compute, threshold or -1, h(onto)))
       y, narrow[1] = wrap(y), wrap(u)
     else
       check(C.wane_lora_down(stream(), u, x.h, part.A.h, o.scale, o.p, o.seed, o.offset))
@@ -88,9 +90,9 @@ function F.linear_lora(x, weight, bias, parts, compute, threshold)
     for i, part in ipairs(parts) do
       local dx, dA, dB, o = needs(x) and handle() or nil, handle(), handle(), options_of(part, seeds[i])
       if i == 1 then
-        local onto = dx and #parts == 1 and autograd.target(x)
-        check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute, h(onto), was_added))
-        if dx then grads[1] = onto and was_added[0] == 1 and autograd.IN_PLACE or wrap(dx) end
+        local place = dx and #parts == 1 and autograd.target(x)
+        check(C.wane_linear_lora_backward(stream(), dx, dA, dB, dy.h, x.h, narrow[1].h, weight.h, part.A.h, part.B.h, o, compute, h(place), was_added))
+        if dx then grads[1] = place and was_added[0] == 1 and autograd.IN_PLACE or wrap(dx) end
       else
         local du = handle()
         check(C.wane_lora_up_backward(stream(), du, dB, dy.h, narrow[i].h, part.B.h, o.scale))
@@ -99,6 +101,7 @@ function F.linear_lora(x, weight, bias, parts, compute, threshold)
       end
       grads[2 * i], grads[2 * i + 1] = wrap(dA), wrap(dB)
     end
+    grads[inputs.n] = onto and dy
     return unpack(grads, 1, inputs.n)
   end, narrow)
 end

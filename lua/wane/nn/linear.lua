@@ -40,13 +40,25 @@ function Linear:reset(seed)
   return self
 end
 
-function Linear:forward(x)
+-- y, or onto + y.
+local function multiply(self, x, onto)
   local weight = rawget(self, "weight") or self:reset().weight
   local compute = self.compute
   if not compute then compute = weight:dtype() == "f32" and C.WANE_COMPUTE_F32 or C.WANE_COMPUTE_BF16 end
   local adapters = rawget(self, "adapters")
-  if adapters then return adapter.linear(self, adapters, x, compute) end
-  return F.linear(x, weight, rawget(self, "bias"), compute, self.threshold)
+  if adapters then return adapter.linear(self, adapters, x, compute, onto) end
+  local y = F.linear(x, weight, rawget(self, "bias"), compute, self.threshold)
+  return onto and F.add(onto, y) or y
+end
+
+function Linear:forward(x) return multiply(self, x) end
+
+--- onto + self(x); with a plain adapter in training, as one op.
+-- @param onto wane.Tensor [.., out_features]
+-- @param x wane.Tensor [.., in_features]
+function Linear:added_to(onto, x)
+  if rawget(self, "hook") then return F.add(onto, self(x)) end
+  return multiply(self, x, onto)
 end
 
 --- Quantizes the weight in place. scheme: see wane.quant.quantize; threshold and compute are kept with the layer.

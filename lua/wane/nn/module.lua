@@ -4,6 +4,7 @@
 -- items counted from 0. Children keep the order in which they were made, which is the order of definition.
 -- @module wane.nn.module
 local core = require "wane.core"
+local F = require "wane.nn.functional"
 
 local M = {}
 
@@ -26,6 +27,17 @@ function Module.__call(self, ...)
   if hook then hook(y, self, ...) end
   return y
 end
+
+--- x + self(...). A module that ends in a Linear says so, for an addition in the Linear's own op: instead of `forward` it has `ending`, that
+-- child's name, and `inner`, which makes what goes into it. A hook sees the module's own result: then the addition comes after.
+function Module:added_to(x, ...)
+  local ending = rawget(self, "ending")
+  if not ending or rawget(self, "hook") then return F.add(x, self(...)) end
+  return self[ending]:added_to(x, self:inner(...))
+end
+
+-- Of a module with an ending.
+function Module:forward(...) return self[self.ending](self:inner(...)) end
 
 --- A class of modules with parameters: `local Linear = module.class "Linear"`; instances come from `class.new`.
 -- @param name string shown in the tree
