@@ -287,7 +287,8 @@ typedef struct wane_lora_options {
 } wane_lora_options;
 /* wane_linear, wane_lora_down and wane_lora_up at once: y = x W^T + bias + u B^T, u = scale * drop(x) A^T (to be kept for backward). Where tiles multiply
  * (AMX and AMD's AVX512-BF16, not with WANE_COMPUTE_F32 or LLM.int8()), the adapter is a few more values of the product's own sums: y is rounded once and
- * never read. onto (or NULL): a tensor of y's shape and dtype that is added too; where tiles multiply and there is no bias, before that one rounding. */
+ * never read. onto (or NULL): a tensor of y's shape and dtype that is added too; where tiles multiply and there is no bias, before that one rounding. Another adapter
+ * that wane_lora_up adds to such a y is rounded at onto's scale: add onto last where there are several. */
 WANE_API int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
                               const wane_handle *B, const wane_lora_options *options, int compute, float threshold, const wane_handle *onto);
 /* Its gradients: dx (NULL: not wanted) in dy's dtype; dA, dB f32. onto (or NULL): a gradient of x that came another way, in dy's dtype and contiguous; where the
@@ -445,7 +446,7 @@ WANE_API int wane_linear_experts_backward(wane_stream *s, wane_handle *dx, const
 WANE_API int wane_experts_weight_backward(wane_stream *s, wane_handle *dw, const wane_handle *dy, const wane_handle *x, const wane_handle *bounds, int64_t experts);
 
 /* dx in x's dtype; dweight, dbias f32 [C] (each NULL where it is not wanted; dbias only together with dweight). onto (or NULL): a gradient of x that came
- * another way; where it is contiguous and has x's shape and dtype, dx is added to it in place, rounded once, and *dx stays as it was. */
+ * another way; where it is contiguous, has x's shape and dtype and shares no memory with x and dy, dx is added to it in place, rounded once, and *dx stays as it was. */
 WANE_API int wane_rms_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, const wane_handle *dy, const wane_handle *x,
                                     const wane_handle *weight, double eps, double weight_offset, const wane_handle *onto);
 WANE_API int wane_layer_norm_backward(wane_stream *s, wane_handle *dx, wane_handle *dweight, wane_handle *dbias, const wane_handle *dy,

@@ -182,7 +182,7 @@ static int take_beside(wane_stream *s, product *p, const beside *a, int rows) {
   if (a->onto) {
     wane_tensor *onto = wane_use(s, a->onto, "onto");
     if (!onto) return WANE_E_STALE;
-    p->onto = onto->dtype == p->x->dtype && wane_is_contiguous(onto) && wane_numel(onto) == p->M * p->out && !p->bias;
+    p->onto = onto->dtype == p->x->dtype && wane_is_contiguous(onto) && wane_numel(onto) == p->M * p->out && !p->bias && (!a->turned || onto->storage != p->x->storage);
     if (p->onto && a->turned) p->y = onto;
     else if (p->onto) p->other = onto;
   }
@@ -261,20 +261,26 @@ int wane_linear_backward(wane_stream *s, wane_handle *dx, const wane_handle *dy,
 
 /* ---------------------------------------------------------------- with an adapter */
 
-static int check_onto(wane_stream *s, const wane_handle *onto, const wane_handle *y) {
-  wane_tensor *a = wane_use(s, onto, "onto"), *b = a ? wane_use(s, y, "y") : NULL;
-  if (!b) return WANE_E_STALE;
-  if (a->dtype != b->dtype || a->ndim != b->ndim || memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape))
-    return wane_fail(WANE_E_SHAPE, "linear_lora: onto is %s; the result it is added to is %s", wane_shape_text(a), wane_shape_text(b));
+/* Has `onto` the shape and dtype of x W^T? What is wrong with x and w themselves the product will say. */
+static int check_onto(wane_stream *s, const wane_handle *honto, const wane_handle *hx, const wane_handle *hw) {
+  int status = wane_enter(s);
+  if (status) return status;
+  wane_tensor *onto = wane_use(s, honto, "onto"), *x = onto ? wane_use(s, hx, "x") : NULL, *w = x ? wane_use(s, hw, "weight") : NULL;
+  if (!w) return WANE_E_STALE;
+  if (x->ndim < 1 || w->ndim != 2) return WANE_OK;
+  int last = x->ndim - 1;
+  if (onto->dtype != x->dtype || onto->ndim != x->ndim || memcmp(onto->shape, x->shape, (size_t)last * sizeof *x->shape) || onto->shape[last] != w->shape[0])
+    return wane_fail(WANE_E_SHAPE, "linear_lora: onto is %s; expected x's dtype and shape, %s, with %lld at the end", wane_shape_text(onto), wane_shape_text(x),
+                     (long long)w->shape[0]);
   return WANE_OK;
 }
 
 int wane_linear_lora(wane_stream *s, wane_handle *y, wane_handle *u, const wane_handle *x, const wane_handle *w, const wane_handle *bias, const wane_handle *A,
                      const wane_handle *B, const wane_lora_options *o, int compute, float threshold, const wane_handle *onto) {
   wane_handle made[3] = { { NULL, 0, 0 } };                                /* y, u, y with onto */
-  int added = 0, status = wane_lora_down(s, &made[1], x, A, o->scale, o->p, o->seed, o->offset);
+  int added = 0, status = onto ? check_onto(s, onto, x, w) : WANE_OK;
+  if (status == WANE_OK) status = wane_lora_down(s, &made[1], x, A, o->scale, o->p, o->seed, o->offset);
   if (status == WANE_OK) status = forward(s, &made[0], x, w, bias, compute, threshold, &(beside){ &made[1], B, 0, onto }, &added);
-  if (status == WANE_OK && onto) status = check_onto(s, onto, &made[0]);
   if (status == WANE_OK && !added) status = wane_lora_up(s, &made[0], &made[1], B);
   if (status == WANE_OK && onto && added != 2) {
     status = wane_binary(s, &made[2], onto, &made[0], WANE_ADD);

@@ -38,7 +38,7 @@ enum {
   WANE_OP_LINEAR_PACK = WANE_OP_LINEAR + 16,      /* x -> workspace of MANY;   chunks over m */
   WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, W -> y;        chunks over n */
   WANE_OP_LINEAR_BACK_PACK = WANE_OP_LINEAR + 32, /* dy -> workspace of BACK;  chunks over m */
-  WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, W -> dx;       chunks over k */
+  WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, dy, W -> dx;   chunks over k. Tiles read bf16 dy in place */
   WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48,      /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
   WANE_OP_LINEAR_EXPERTS_PREPARE = WANE_OP_LINEAR + 56, /* PREPARE or PACK of each expert's rows: experts.c */
   WANE_OP_LINEAR_EXPERTS = WANE_OP_LINEAR + 57,   /* ROWS or MANY of each expert's rows */
@@ -48,7 +48,7 @@ enum {
 /* The record of all of them. The weight is wane_qview_load(op) (pointers 4..9, sizes 10 and 11, integers 14 and 15). */
 enum {
   WANE_LINEAR_Y = 0,         /* p: y [M, N] (BACK: dx [M, K]), contiguous */
-  WANE_LINEAR_X = 1,         /* p: x [M, K] (BACK: dy [M, N]), contiguous */
+  WANE_LINEAR_X = 1,         /* p: x [M, K] (BACK_PACK and BACK: dy [M, N]), contiguous; MANY with a rank: see there */
   WANE_LINEAR_BIAS = 2,      /* p: bias [N] or NULL */
   WANE_LINEAR_WORK = 3,      /* p: workspace, 64-byte aligned, wane_linear_work_bytes() */
   WANE_LINEAR_M = 0,         /* n */

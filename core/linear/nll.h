@@ -5,7 +5,7 @@
  *
  *   PACK       x as MANY has it (linear.h)
  *   NLL_SHARES of each of a few groups of blocks, for each row of x: M, the sum of e^(score - M), the sum of e^(score - M) W without the label's own     chunks: groups
- *   NLL_MERGE  each row's nll, and the base-2 logarithm of its sums                                                                               one chunk
+ *   NLL_MERGE  each row's nll, and the base-2 logarithm of its sum                                                                               one chunk
  *   NLL_DX     the groups' sums, in their order, by the row's own, and the label's part                                                           chunks: 32 rows
  *
  * The records are LINEAR's, with labels where the bias would be, NLL_MERGE with nll and NLL_DX with dx in y, n 2 the ignored label, f 1 the factor of
@@ -27,7 +27,7 @@ enum {
 typedef struct wane_nll_plan {
   int64_t block, blocks, groups, per;      /* rows of W a block (0: W's rows are too long); blocks a group */
   int64_t padded, wide;                    /* rows of x, up to whole 32; values of a row of x, up to whole 64 */
-  int64_t sums, lse, own, shares, bytes;   /* [groups][2][padded], [padded], the label's score [padded], [groups][padded * wide] */
+  int64_t sums, lse, own, shares, bytes;   /* [groups][2][padded], [padded] (inf: no gradient), the label's score, then nll [padded], [groups][padded * wide] */
 } wane_nll_plan;
 
 static inline wane_nll_plan wane_nll_cut(int64_t M, int64_t K, int64_t V) {

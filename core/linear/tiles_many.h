@@ -422,7 +422,7 @@ static void back(const wane_op *op, uint32_t chunk) {
 static void tiles_register(wane_backend *b) {
   b->ops[WANE_OP_LINEAR_ADDS] = many;
   for (int group = 0; group < WANE_GROUPS; group++) {
-    if (!b->ops[WANE_OP_LINEAR_BACK + group]) continue;                     /* LLM_INT8 has tiles of its own */
+    if (!b->ops[WANE_OP_LINEAR_BACK + group]) continue;                     /* LLM_INT8 has kernels of its own */
     b->ops[WANE_OP_LINEAR_PACK + group] = pack;
     b->ops[WANE_OP_LINEAR_MANY + group] = many;
     b->ops[WANE_OP_LINEAR_BACK_PACK + group] = back_pack;

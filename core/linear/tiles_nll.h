@@ -90,11 +90,11 @@ static void fold(head *h, int64_t m, float *most, float *sum, float *share) {
   for (int half = 0; half < 2; half++) {
     vf old = vf_load(most + m + 16 * half), largest[2] = { old, old }, sums[2] = { vf_zero(), vf_zero() };
     for (int64_t v = 0; v < h->count; v++) largest[v % 2] = vf_max(vf_load(score_at(h, v, half)), largest[v % 2]);
-    vf now = vf_max(largest[0], largest[1]), level = level_of(now), down = vf_neg(vf_mul(level, log2e));
+    vf now = vf_max(largest[0], largest[1]), level = level_of(now);
     for (int64_t v = 0; v < steps * 32; v += 2) {
       vf p[2];
       for (int k = 0; k < 2; k++) {
-        p[k] = v + k < h->count ? vec_exp2_negative(vf_fma(vf_load(score_at(h, v + k, half)), log2e, down)) : vf_zero();
+        p[k] = v + k < h->count ? vec_exp2_negative(vf_mul(vf_sub(vf_load(score_at(h, v + k, half)), level), log2e)) : vf_zero();   /* exactly 1 at the largest */
         sums[k] = vf_add(sums[k], p[k]);
       }
       _mm512_storeu_si512(h->slopes + (half * steps + v / 32) * TILE_BYTES + v % 32 / 2 * 64, _mm512_permutexvar_epi16(order, to_bf16(p[0], p[1])));
@@ -153,8 +153,8 @@ static void merge(const wane_op *op, uint32_t chunk) {
   int64_t M = op->n[WANE_LINEAR_M], V = op->n[10];
   wane_nll_plan plan = wane_nll_cut(M, op->n[11], V);
   char *work = op->p[WANE_LINEAR_WORK];
-  const float *sums = (const float *)(void *)(work + plan.sums), *own = (const float *)(void *)(work + plan.own);
-  float *lse = (float *)(void *)(work + plan.lse), *nll = op->p[WANE_LINEAR_Y];
+  const float *sums = (const float *)(void *)(work + plan.sums);
+  float *lse = (float *)(void *)(work + plan.lse), *own = (float *)(void *)(work + plan.own), *nll = op->p[WANE_LINEAR_Y];
   for (int64_t m = 0; m < plan.padded; m += 16) {
     _Alignas(64) float max[16], sum[16];
     vf most = vf_set1(-__builtin_inff()), total = vf_zero();
@@ -170,8 +170,8 @@ static void merge(const wane_op *op, uint32_t chunk) {
       lse[i] = __builtin_inff();                                             /* no gradient */
       if (label >= 0) {
         double log_sum = log((double)sum[i - m]) + (double)max[i - m];
-        lse[i] = (float)(log_sum * 1.4426950408889634);
-        nll[i] = (float)(log_sum - (double)own[i]);
+        lse[i] = (float)(log((double)sum[i - m]) * 1.4426950408889634);
+        own[i] = nll[i] = (float)(log_sum - (double)own[i]);
       } else if (i < M) {
         const void *labels = op->p[WANE_LINEAR_BIAS];
         int64_t found = op->i[WANE_NLL_LABELS] == WANE_I64 ? ((const int64_t *)labels)[i] : ((const int32_t *)labels)[i];
@@ -186,7 +186,7 @@ static void merge(const wane_op *op, uint32_t chunk) {
 
 /* Rows [m, m + 32) of dx: their labels' part, in f32, is (p - 1) factor W[label]. rows: [32][wide] of the scratch. */
 static void label_rows(const wane_op *op, const wane_nll_plan *plan, int64_t m, float *rows) {
-  const float *lse = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan->lse), *own = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan->own);
+  const float *nll = (const float *)(const void *)((const char *)op->p[WANE_LINEAR_WORK] + plan->own);
   const wane_quant_kit *kit = wane_quant_kit_in_force();
   wane_qview w = wane_qview_load(op);
   for (int64_t i = 0; i < 32; i++, rows += plan->wide) {
@@ -194,7 +194,7 @@ static void label_rows(const wane_op *op, const wane_nll_plan *plan, int64_t m, 
     memset(rows, 0, (size_t)plan->wide * sizeof *rows);
     if (label < 0) continue;
     kit->dequantize(&w, label * w.cols, w.cols, rows);
-    float slope = (exp2f(own[m + i] * LOG2E - lse[m + i]) - 1.0f) * op->f[WANE_NLL_FACTOR];
+    float slope = expm1f(-nll[m + i]) * op->f[WANE_NLL_FACTOR];
     for (int64_t k = 0; k < w.cols; k++) rows[k] = slope * wane_bf16_to_f32(wane_f32_to_bf16(rows[k]));
   }
 }
@@ -211,11 +211,15 @@ static void dx(const wane_op *op, uint32_t chunk) {
   wane_op_range(op, chunk, plan.padded, 32, &lo, &hi);
   for (int64_t m = lo; m < hi; m += 32) {
     label_rows(op, &plan, m, own);
-    for (int half = 0; half < 2; half++)
-      for (int64_t g = 0; g < plan.groups; g++) {
-        vf most = vf_load(sums + g * 2 * plan.padded + m + 16 * half), total = vf_load(lse + m + 16 * half);
-        factors[half][g] = vf_mul(vec_exp2_negative(vf_sub(vf_mul(level_of(most), log2e), total)), vf_set1(op->f[WANE_NLL_FACTOR]));
+    for (int half = 0; half < 2; half++) {
+      const float *most = sums + m + 16 * half;
+      vf all = vf_load(most), total = vf_load(lse + m + 16 * half);
+      for (int64_t g = 1; g < plan.groups; g++) all = vf_max(vf_load(most + g * 2 * plan.padded), all);
+      for (int64_t g = 0; g < plan.groups; g++) {                           /* differences first: they are small where it matters */
+        vf down = vf_mul(vf_sub(vf_load(most + g * 2 * plan.padded), level_of(all)), log2e);
+        factors[half][g] = vf_mul(vec_exp2_negative(vf_sub(down, total)), vf_set1(op->f[WANE_NLL_FACTOR]));
       }
+    }
     for (int64_t k = 0; k < K; k += 32) {
       for (int i = 0; i < 4 * TILE_FLOATS; i += VW) {
         const float *from = shares + m * plan.wide + k * 32 + i;

@@ -116,7 +116,7 @@ static int norm_backward(wane_stream *s, wane_handle *hdx, wane_handle *hdw, wan
   x = wane_contiguous(s, x, &tmp[0]);
   dy = x ? wane_contiguous(s, dy, &tmp[1]) : NULL;
   if (dy && w) w = wane_contiguous(s, w, &tmp[2]);
-  if (x && onto && (onto->dtype != x->dtype || !wane_is_contiguous(onto) || onto->ndim != x->ndim || memcmp(onto->shape, x->shape, (size_t)x->ndim * sizeof *x->shape)))
+  if (dy && onto && (onto->storage == x->storage || onto->storage == dy->storage || onto->dtype != x->dtype || !wane_is_contiguous(onto) || onto->ndim != x->ndim || memcmp(onto->shape, x->shape, (size_t)x->ndim * sizeof *x->shape)))
     onto = NULL;
   wane_tensor *dx = !dy || (has_w && !w) ? NULL : onto ? onto : wane_make(s, &made[0], x->dtype, x->ndim, x->shape);
   wane_tensor *dw = dx && hdw ? wane_make(s, &made[1], WANE_F32, 1, &C) : NULL, *db = dx && hdb ? wane_make(s, &made[2], WANE_F32, 1, &C) : NULL;

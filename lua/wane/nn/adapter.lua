@@ -112,6 +112,14 @@ local function are_plain(layer, parts)
   return not (autograd.needs(layer.weight) or autograd.needs(rawget(layer, "bias")))
 end
 
+-- Has t the dtype and shape of x with `width` values at the end?
+local function is_like(t, x, width)
+  local shape, other = t:shape(), x:shape()
+  if t:dtype() ~= x:dtype() or #shape ~= #other or shape[#shape] ~= width then return false end
+  for d = 1, #shape - 1 do if shape[d] ~= other[d] then return false end end
+  return true
+end
+
 --- y of a Linear with active adapters.
 -- @param layer wane.Linear
 -- @param parts table[]
@@ -121,7 +129,11 @@ end
 -- @return wane.Tensor [.., out]
 function M.linear(layer, parts, x, compute, onto)
   local bias = rawget(layer, "bias")
-  if autograd.dropping and are_plain(layer, parts) then return F.linear_lora(x, layer.weight, bias, parts, compute, layer.threshold, onto) end
+  if autograd.dropping and are_plain(layer, parts) then
+    local fits = onto and #parts == 1 and is_like(onto, x, layer.out_features)         -- of several parts each would be rounded at onto's scale
+    local y = F.linear_lora(x, layer.weight, bias, parts, compute, layer.threshold, fits and onto or nil)
+    return onto and not fits and F.add(onto, y) or y
+  end
   local late = bias and has_dora(parts)                    -- DoRA scales the product alone
   local base = F.linear(x, layer.weight, not late and bias or nil, compute, layer.threshold)
   local y = base

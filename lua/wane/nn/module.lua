@@ -32,12 +32,12 @@ end
 -- child's name, and `inner`, which makes what goes into it. A hook sees the module's own result: then the addition comes after.
 function Module:added_to(x, ...)
   local ending = rawget(self, "ending")
-  if not ending or rawget(self, "hook") then return F.add(x, self(...)) end
-  return self[ending]:added_to(x, self:inner(...))
+  local last = ending and self[ending]
+  if not last or rawget(self, "hook") or not M.is(last) then return F.add(x, self(...)) end
+  return last:added_to(x, self:inner(...))
 end
 
--- Of a module with an ending.
-function Module:forward(...) return self[self.ending](self:inner(...)) end
+local function forward_to_ending(self, ...) return self[self.ending](self:inner(...)) end
 
 --- A class of modules with parameters: `local Linear = module.class "Linear"`; instances come from `class.new`.
 -- @param name string shown in the tree
@@ -50,9 +50,12 @@ end
 --- Makes `self` an instance of `class`. params: list of { name, sizes… } declared parameters.
 function M.instance(class, self) return number(setmetatable(self, class)) end
 
---- A module from a table of children and functions, `forward` among them.
+--- A module from a table of children and functions, `forward` or `ending` and `inner` (Module:added_to) among them.
 -- @param fields table
-function M.module(fields) return number(setmetatable(fields, Module)) end
+function M.module(fields)
+  if fields.ending then fields.forward = forward_to_ending end
+  return number(setmetatable(fields, Module))
+end
 
 --- A module that holds `count` modules build(i, ...), i counting from 0.
 function M.list(count, build, ...)
