@@ -247,7 +247,7 @@ describe("a product with an adapter, as one op,", function()
   end)
 
   it("adds to a gradient that is there, where tiles multiply, else says that it did not", function()
-    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 } } do
+    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 }, { 70, 40, 3136, 43 }, { 96, 64, 1088, 128 } } do
       local M, K, N, r = unpack(c)
       local w, A, B, u = F.cast(randn(2, N, K), C.WANE_BF16), randn(3, r, K), randn(4, N, r), randn(7, M, r)
       for _, dtype in ipairs { C.WANE_F32, C.WANE_BF16 } do
@@ -271,7 +271,7 @@ describe("a product with an adapter, as one op,", function()
   end)
 
   it("adds the result to a tensor, once rounded where tiles multiply and no bias stands in the way", function()
-    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 }, { 3, 64, 32, 4 }, { 1030, 64, 64, 2 } } do
+    for _, c in ipairs { { 40, 70, 90, 8 }, { 64, 128, 96, 5 }, { 33, 64, 4000, 16 }, { 3, 64, 32, 4 }, { 1030, 64, 64, 2 }, { 33, 3136, 40, 16 } } do
       local M, K, N, r = unpack(c)
       local w, A, B, bias = F.cast(randn(2, N, K), C.WANE_BF16), randn(3, r, K), randn(4, N, r), randn(6, N)
       for _, dtype in ipairs { C.WANE_F32, C.WANE_BF16, C.WANE_F16 } do

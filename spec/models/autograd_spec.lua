@@ -5,7 +5,7 @@ local core = require "wane.core"
 local F = require "wane.nn.functional"
 local wane = require "wane"
 local autograd = require "wane.autograd"
-local has_tiles = require "spec.support.tiles"
+local has_tiles = require "support.tiles"
 local C = core.C
 
 local M, K, N = 6, 96, 40                -- rows, width, classes: odd against every block size
@@ -309,6 +309,77 @@ describe("the loss of a model", function()
     end)
     F.linear_nll = original
     if not ok then error(message, 0) end
+  end)
+
+  -- A layer's residual is added in the op of the Linear that it ends in; whoever looks at a module still sees its own result.
+  it("adds a residual where a module ends, whatever looks on, however many adapters", function()
+    local golden, lora = require "spec.support.golden", require "wane.lora"
+    local ids = { { 1, 5, 9, 2, 7, 3, 8, 4, 6, 10, 12 }, { 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5 } }
+    local function run(prepare, names, checkpointing)
+      local model = assert(wane.load(golden.root .. "llama", { compute = "bf16", tokenizer = false }))
+      for i, name in ipairs(names) do
+        lora.attach(model, { name = name, r = 4, alpha = 8, target_modules = "all-linear", init_lora_weights = false, seed = i })
+      end
+      lora.set_adapter(model, names)
+      lora.train(model, true)
+      model:checkpoint_layers(checkpointing or false)
+      local looked = prepare and prepare(model)
+      local loss = core.scope(function()
+        local loss = model:loss(ids, ids)
+        loss:backward()
+        return loss:item()
+      end)
+      local sum = 0
+      for _, t in ipairs(model:trainable_parameters()) do sum = sum + t.grad:abs():sum():item() end
+      return loss, sum, looked
+    end
+    local function near(a, b, slack) assert.is_true(math.abs(a - b) <= slack * math.abs(b), ("%.9g and %.9g"):format(a, b)) end
+    for _, names in ipairs { { "default" }, { "default", "other" } } do
+      local loss, gradient = run(nil, names)
+      local again, same = run(nil, names, true)
+      assert.equal(loss, again)
+      assert.equal(gradient, same)
+      for _, path in ipairs { "model.layers.0.mlp", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj" } do
+        local seen, other, other_gradient = 0, nil, nil
+        other, other_gradient = run(function(model)
+          model:on_forward(path, function(y, module, x)
+            seen = seen + 1
+            if module.down_proj then assert.equal(0, (y - module.down_proj(module:inner(x))):abs():max():item()) end     -- without the residual
+          end)
+        end, names)
+        assert.equal(1, seen)
+        near(other, loss, 2e-3)
+        near(other_gradient, gradient, 2e-2)
+      end
+    end
+    local complete                                                        -- a norm and a product add to it in place: a hook sees the whole
+    local function catch(model)
+      model:on_forward("model.layers.0", function(y)
+        autograd.on_gradient(y, function(g) complete = g:abs():sum():item() end)
+      end)
+    end
+    run(catch, { "default" })
+    local fused = complete
+    run(function(model)
+      catch(model)
+      model:on_forward("model.layers.1.self_attn", function() end)
+      model:on_forward("model.layers.1.mlp", function() end)
+    end, { "default" })
+    near(fused, complete, 2e-2)
+  end)
+
+  it("adds the residual last where several adapters would be rounded at its scale, and broadcasts one of another shape", function()
+    local layer = wane.nn.Linear(64, 32, false)
+    layer.weight = F.cast(wane.full({ 32, 64 }, 0), C.WANE_BF16)
+    local function part() return { name = "a", r = 1, scale = 1, A = wane.full({ 1, 64 }, 1 / 64), B = wane.full({ 32, 1 }, 0.6) } end
+    layer.adapters = { part(), part() }
+    local x, residual = F.cast(wane.full({ 16, 64 }, 1), C.WANE_BF16), F.cast(wane.full({ 16, 32 }, 256), C.WANE_BF16)
+    local function value(onto) return autograd.record(function() return layer:added_to(onto, x) end):to("f32"):max():item() end
+    assert.equal(258, value(residual))                                    -- 256 + 1.2; 0.6 alone is below half a step of 2
+    layer.adapters = { part() }
+    assert.equal(256, value(residual))
+    assert.near(1.6, value(F.cast(wane.full({ 32 }, 1), C.WANE_BF16)), 0.01)
+    assert.near(1.6, value(wane.full({ 16, 32 }, 1)), 0.01)
   end)
 
   it("adds up one gradient that comes twice, as a sum of a tensor with itself gives it", function()
