@@ -156,8 +156,76 @@ local function fresh_replaced(model, config, parts)
   return replaced
 end
 
+-- Modules of which all, some or no parameters of their own are trained: fn(path, trained = how many, all, names of the trained).
+local function each_trained(model, state, fn)
+  for path, module in model:modules() do
+    local trained, all, names = 0, 0, {}
+    for _, p in ipairs(module:own_parameters()) do
+      local own = state:own(module, path, p.name)
+      if own then
+        all = all + 1
+        if rawget(own, "requires_grad") then trained, names[p.name] = trained + 1, own end
+      end
+    end
+    if all > 0 then fn(path, trained, all, names) end
+  end
+end
+
+local function ends(text, with) return text:sub(-#with) == with end
+
+-- Entries of modules_to_save that mean the paths of a set and no other of `paths`, sorted. PEFT compares the ends of paths as text ("norm" is
+-- "input_layernorm" too): the last name of a path stands for it only where all that end so are meant.
+local function names_of(set, paths)
+  local chosen, list = {}, {}
+  for path in pairs(set) do
+    local name = path:match "[^.]*$"
+    for _, other in ipairs(paths) do if ends(other, name) and not set[other] then name = path end end
+    chosen[name] = true
+  end
+  for name in pairs(chosen) do
+    local covered = false
+    for other in pairs(chosen) do covered = covered or (other ~= name and ends(name, other)) end
+    if not covered then list[#list + 1] = name end
+  end
+  table.sort(list)
+  return list
+end
+
+-- What model:train_parameters chose, as PEFT's files can hold it: modules trained whole become modules_to_save, biases of others bias = "all". The model's own
+-- stay as they are from here on. Returns attach's options with these, and the tensors chosen (a set).
+local function adopt(model, state, o)
+  local whole, paths, biases, untrained, seen = {}, {}, false, nil, {}
+  each_trained(model, state, function(path, trained, all, names)
+    paths[#paths + 1] = path
+    for name, tensor in pairs(names) do
+      if seen[tensor] then
+        core.raise("lora.attach: '%s.%s' is trained and shared with '%s', which an adapter cannot hold: leave it out, or name one in modules_to_save",
+          path, name, seen[tensor])
+      end
+      seen[tensor] = path
+    end
+    if trained == all then whole[path] = true
+    elseif trained == 1 and names.bias then biases = true
+    elseif trained > 0 then
+      core.raise("lora.attach: of '%s' the %s is trained but not all, which an adapter's files cannot hold: train the module whole, or its bias alone",
+        path, (next(names)))
+    elseif rawget(model:find(path), "bias") then untrained = path end
+  end)
+  if not next(seen) then return o, seen end
+  if biases and untrained then
+    core.raise("lora.attach: some biases are trained and that of '%s' is not; an adapter's files hold all biases or none: choose '1-d', or leave biases out",
+      untrained)
+  end
+  local given = {}
+  for key, value in pairs(o) do given[key] = value end
+  given.modules_to_save = { unpack(o.modules_to_save or {}) }
+  for _, name in ipairs(names_of(whole, paths)) do table.insert(given.modules_to_save, name) end
+  if biases then given.bias = "all" end
+  return given, seen
+end
+
 --- Attaches a fresh adapter, which changes nothing until it is trained; its tensors are leaves of wane.autograd. Options are PEFT's
--- LoraConfig.
+-- LoraConfig. Parameters that model:train_parameters chose before are taken into it, as modules_to_save and biases: lora.save writes them too.
 -- @param model wane.Model
 -- @param o table|nil { name = "default", r = 8, alpha = 8, dropout = 0, target_modules = list | regular expression | "all-linear" (default:
 --   PEFT's for the family), exclude_modules, bias = "none" | "all" | "lora_only", use_rslora, use_dora, lora_bias, modules_to_save, rank_pattern,
@@ -166,7 +234,8 @@ end
 function M.attach(model, o)
   o = o or {}
   local state = states.of(model)
-  local name, config = new_name(state, o.name), config_of(model, o)
+  local name, given, chosen = new_name(state, o.name), adopt(model, state, o)
+  local config = config_of(model, given)
   local found, unused = targets.match(model, config)
   if not found then core.raise("lora.attach: %s", unused) end
   local ok, message = files.rank(config, found)
@@ -183,6 +252,7 @@ function M.attach(model, o)
   end)
   state:add(name, adapter)
   state:train(model, name, true)
+  for tensor in pairs(chosen) do tensor.requires_grad, tensor.grad = nil, nil end               -- the adapter's copies are trained in their place
   return { name = name, modules = #found, parameters = M.parameters(model, name), unused = unused }
 end
 

@@ -252,6 +252,10 @@ function Model:train_parameters(wanted)
     if wanted == "1-d" then return tensor:dim() == 1 end
     return path:find(wanted) ~= nil
   end
+  local adapters = rawget(self, "lora")
+  if adapters and #adapters.active > 0 then
+    core.raise "train_parameters: an adapter is attached already: choose parameters first, and lora.attach takes them into it"
+  end
   local chosen, order = {}, {}
   for path, tensor in self:parameters() do
     if not chosen[tensor] and matches(path, tensor) then

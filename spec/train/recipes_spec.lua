@@ -1,4 +1,7 @@
 -- The three recipes of docs/finetuning.md on golden models: they run, lower the loss, and leave what they freeze as it was.
+local cjson = require "cjson"
+local core = require "wane.core"
+local files = require "spec.support.files"
 local golden = require "spec.support.golden"
 local lora = require "wane.lora"
 local wane = require "wane"
@@ -50,7 +53,46 @@ describe("recipes:", function()
     lora.prepare_for_kbit_training(model)
     assert.is_true(model:train_parameters "1-d" > 0)
     lora.attach(model, { r = 2, alpha = 2, target_modules = { "q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out" } })
-    trains(model, "adamw_8bit", 2e-2)
+    local before = bytes_of(model)
+    local result = assert(wane.train.run(model, rows(), { lr = 2e-2, max_steps = 20, batch_size = 4, optim = "adamw_8bit", checkpointing = true }))
+    assert.is_true(result.loss < 0.85 * result.records[1].loss)
+    assert.same(before, bytes_of(model))
+    -- The adapter's files hold the norms and biases too: PEFT's modules_to_save and bias = "all".
+    local ids, dir = { { 3, 4, 5, 6, 7, 8, 9, 10 } }, files.folder()
+    local function loss_of(m) return wane.autograd.no_grad(core.scope, function() return m:loss(ids, ids):item() end) end
+    local trained = loss_of(model)
+    assert(lora.save(model, dir))
+    model:close()
+    local config = cjson.decode(files.read(dir .. "/adapter_config.json"))
+    assert.same({ "ln_1", "ln_f" }, config.modules_to_save)
+    assert.equal("all", config.bias)
+    local again = assert(wane.load(golden.root .. "gptj", { quant = "int8-blockwise", tokenizer = false, lora = dir }))
+    local plain = assert(wane.load(golden.root .. "gptj", { quant = "int8-blockwise", tokenizer = false }))
+    assert.near(trained, loss_of(again), 1e-6)
+    assert.is_true(math.abs(loss_of(plain) - trained) > 0.1)
+    assert.error_matches(function() again:train_parameters "1-d" end, "choose parameters first")
+    again:close()
+    plain:close()
+    files.clean()
+  end)
+
+  it("takes trained parameters into an adapter only as its files can hold them", function()
+    local function attach(pattern, name)
+      local model = assert(wane.load(golden.root .. (name or "gptj"), { compute = "f32", tokenizer = false }))
+      lora.prepare_for_kbit_training(model)
+      assert.is_true(model:train_parameters(pattern) > 0)
+      lora.attach(model, { r = 2, target_modules = { "q_proj" }, modules_to_save = { "wte" } })
+      return model
+    end
+    assert.error_matches(function() attach "fc_in%.bias" end, "all biases or none")
+    assert.error_matches(function() attach "fc_in%.weight" end, "train the module whole, or its bias alone")
+    local model = attach "h%.0%.ln_1"
+    assert.same({ "wte", "transformer.h.0.ln_1" }, lora.list(model)[1].config.modules_to_save)
+    local names = {}
+    for _, p in ipairs(model:trainable_parameters()) do names[#names + 1] = p.name end
+    table.sort(names)
+    assert.truthy(table.concat(names, " "):find("ln_1", 1, true))
+    model:close()
   end)
 
   it("every adapter kind: DoRA, biases, embeddings, rslora, modules saved whole, a mixture's experts", function()

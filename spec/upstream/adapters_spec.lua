@@ -21,6 +21,7 @@ local cases = {
   { "gpt_neox", { target_modules = { "query_key_value" }, bias = "all" } },
   { "gpt_neox", { target_modules = { "query_key_value", "dense" }, bias = "lora_only", lora_bias = true } },
   { "gpt_neox", { target_modules = { "query_key_value", "lm_head" }, modules_to_save = { "final_layer_norm" } } },
+  { "gptj", { target_modules = { "q_proj", "fc_in" } }, trained = "1-d" }, { "llama", {}, trained = "norm" },
   { "gptj", {} }, { "bloom", { target_modules = { "query_key_value", "word_embeddings" } } }, { "gpt2", { target_modules = { "c_attn", "c_proj" } } },
   { "gpt2", { use_dora = true } }, { "opt", {} }, { "t5", {} }, { "flan_t5", { target_modules = "all-linear" } }, { "phi", {} }, { "falcon", {} },
   { "gemma2", {} }, { "gemma3", { target_modules = { "q_proj", "embed_tokens" } } }, { "qwen3", {} }, { "phi3", {} }, { "mixtral", {} },
@@ -62,6 +63,7 @@ describe("adapters for peft #upstream", function()
     case.base = logits_of(model, case.ids, case.decoder_ids)
     local o = { init_lora_weights = false }
     for key, value in pairs(case[2]) do o[key] = value end
+    if case.trained then assert.is_true(model:train_parameters(case.trained) > 0) end      -- attach takes them into the adapter
     lora.attach(model, o)
     for _, replaced in pairs(model.lora.adapters.default.replaced) do
       for _, field in ipairs { "weight", "bias" } do if replaced[field] then replaced[field]:add_(0.01) end end
