@@ -1,4 +1,4 @@
-/* avx512_linear.h: what the AVX-512 and AMX product kernels share. Internal to those files of core/linear. */
+/* avx512_linear.h: what the AVX-512, AVX512-BF16 and AMX product kernels share. Internal to those files of core/linear. */
 #ifndef WANE_AVX512_LINEAR_H
 #define WANE_AVX512_LINEAR_H
 #include "avx2_linear.h"

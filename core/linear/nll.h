@@ -9,7 +9,7 @@
  *   NLL_DX     the groups' sums, in their order, by the row's own, and the label's part                                                           chunks: 32 rows
  *
  * The records are LINEAR's, with labels where the bias would be, NLL_MERGE with nll and NLL_DX with dx in y, n 2 the ignored label, f 1 the factor of
- * the loss, i 6 the labels' dtype. */
+ * the loss, i 7 the labels' dtype. */
 #ifndef WANE_LINEAR_NLL_H
 #define WANE_LINEAR_NLL_H
 #include "linear.h"
@@ -18,7 +18,7 @@ enum {
   WANE_OP_LINEAR_NLL_SHARES = WANE_OP_LINEAR + 59, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX,
   WANE_NLL_IGNORED = 2,                    /* n */
   WANE_NLL_FACTOR = 1,                     /* f */
-  WANE_NLL_LABELS = 6,                     /* i */
+  WANE_NLL_LABELS = 7,                     /* i; 6 is LINEAR's own */
   WANE_NLL_GROUPS = 8,
   WANE_NLL_TILES = 1280                    /* of W in the scratch, once as it is and once turned */
 };

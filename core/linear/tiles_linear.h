@@ -20,12 +20,6 @@ static inline int64_t tiles_of_run(int64_t tiles) {
 void TILED(decode_rows)(const wane_qview *w, int64_t n, int64_t count, int64_t k, int64_t width, char *out, int64_t stride, float *scales);
 void TILED(decode_columns)(const wane_qview *w, int64_t k, int64_t columns, int64_t n, int64_t width, char *out, int64_t stride);
 
-/* Four tiles of results that lie together: a0 b0, a0 b1, a1 b0, a1 b1, of operands in whole tiles. */
-WANE_INLINE tile_product packed(const char *a0, const char *a1, const char *b0, const char *b1, int64_t steps, float *c) {
-  return (tile_product){ .a0 = a0, .a1 = a1, .a_row = 64, .a_step = TILE_BYTES, .b0 = b0, .b1 = b1, .b_step = TILE_BYTES, .steps = steps, .c = c,
-                         .c_down = 2 * TILE_FLOATS, .c_right = TILE_FLOATS, .c_row = 64 };
-}
-
 /* A product, without x's second tile when !two. W, which is a or b, is read once for each panel of x: it is streamed, so that the panel, read once for each
  * pair of W's tiles, stays in the first-level cache. */
 WANE_INLINE void multiply(tile_product t, int first, int two, const int w_is_a) {

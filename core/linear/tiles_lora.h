@@ -211,8 +211,7 @@ static void strip_y(strip *t, int64_t i) {
   int64_t C = t->op->n[WANE_LORA_C], tiles = up(t->width, 32) / 16, left = t->width - i;
   for (int64_t m = 0; m < t->b.rows; m += 32) {
     const char *u = t->b.u + m / 16 * t->b.S * TILE_BYTES, *w = t->w + i / 16 * TILE_BYTES;
-    tile_product p = { .a0 = u, .a1 = u + t->b.S * TILE_BYTES, .a_row = 64, .a_step = TILE_BYTES, .b0 = w, .b1 = w + TILE_BYTES, .b_step = tiles * TILE_BYTES,
-                       .steps = t->b.S, .c = t->y, .c_down = 2 * TILE_FLOATS, .c_right = TILE_FLOATS, .c_row = 64 };
+    tile_product p = packed(u, u + t->b.S * TILE_BYTES, w, w + TILE_BYTES, tiles * TILE_BYTES, t->b.S, t->y);
     tiles_multiply(p, 0, 2, 2, TILES_KEEP);
     uint16_t *y = (uint16_t *)t->op->p[WANE_LORA_Y] + (t->b.m + m) * C + t->c + i;
     for (int64_t k = 0; k < least(32, t->b.rows - m); k++, y += C) {
@@ -294,8 +293,7 @@ static void gradient(const wane_op *op, uint32_t part) {
         pair_rows(op, &b, c, x);
         for (int64_t q = 0; q < b.Q; q += 2) {
           const char *a = b.ut + q * row;
-          tile_product t = { .a0 = a, .a1 = a + row, .a_row = 64, .a_step = TILE_BYTES, .b0 = x, .b1 = x + TILE_BYTES, .b_step = 2 * TILE_BYTES, .steps = steps,
-                             .c = dw + q * 2 * TILE_FLOATS, .c_down = 2 * TILE_FLOATS, .c_right = TILE_FLOATS, .c_row = 64 };
+          tile_product t = packed(a, a + row, x, x + TILE_BYTES, 2 * TILE_BYTES, steps, dw + q * 2 * TILE_FLOATS);
           if (q + 1 < b.Q) tiles_multiply(t, m > lo, 2, 2, TILES_KEEP);
           else tiles_multiply(t, m > lo, 1, 2, TILES_KEEP);
         }

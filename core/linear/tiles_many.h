@@ -7,6 +7,7 @@
  * delivers them. Their levels times their scale are one 32-entry table of bf16 a step, so a weight is bf16(level * absmax), as bitsandbytes has
  * it. bf16 weights are copied; other kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
  * A low-rank product beside it (lora.h) is a few more values of the contraction, in tiles after its own: u with x, the other factor with W.
+ * Backward, rows of dy that are bf16 in whole steps are read where they are.
  * The contraction is cut in equal runs of at most RUN tiles (a panel of x, 2 KiB a tile, stays in the first-level cache, past which W is streamed)
  * and, beyond the scratch, in phases, by the shapes alone. */
 #ifndef WANE_TILES_MANY_H
@@ -181,7 +182,7 @@ WANE_INLINE void add_there(const void *x, int dtype, int64_t at, int64_t count, 
 }
 
 /* Two panels of 16 tokens of rows [n, n + 32) to y, `onto` what lies where a bias would. c: four tiles. */
-static void put_turned(const wane_linear_args *a, const float *c, int64_t m, int64_t n, int onto) {
+static void put_y(const wane_linear_args *a, const float *c, int64_t m, int64_t n, int onto) {
   _Alignas(64) float turned[2][16][16], bias[32] = { 0 };
   int64_t count = least(32, a->N - n);
   if (a->bias && !onto) for (int64_t i = 0; i < count; i++) bias[i] = wane_linear_bias(a, n + i);
@@ -365,18 +366,18 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
         const char *w0 = w + 2 * i * stride + k * TILE_BYTES, *w1 = w0 + stride;
         float *c = kept + ((phased ? (m - m0) / 32 * pairs : 0) + (phased || run < part ? i : 0)) * 1024;
         int64_t steps = least(run, part - k);
-        if (!back) multiply(packed(w0, w1, x0, x1, steps, c), p + k == 0, a->M - m > 16, 1);
-        else if (m >= in_place) multiply(packed(x0, x1, w0, w1, steps, c), p + k == 0, a->M - m > 16, 0);
+        if (!back) multiply(packed(w0, w1, x0, x1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 1);
+        else if (m >= in_place) multiply(packed(x0, x1, w0, w1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 0);
         else {
           int64_t there = own - p - k < 0 ? 0 : least(steps, own - p - k), row = a->N * 2;      /* steps of dy itself; the rest are u's */
           const char *dy = (const char *)a->x + m * row + (p + k) * 64;
-          tile_product t = packed(dy, dy + 16 * row, w0, w1, there, c);
+          tile_product t = packed(dy, dy + 16 * row, w0, w1, TILE_BYTES, there, c);
           t.a_row = row; t.a_step = 64;
           t.more0 = x0 + there * TILE_BYTES; t.more1 = x1 + there * TILE_BYTES; t.more = steps - there;
           multiply(t, p + k == 0, 1, 0);
         }
         if (!last) continue;
-        if (back) put_rows(a, c, m, o + 32 * i, onto); else put_turned(a, c, m, o + 32 * i, onto);
+        if (back) put_rows(a, c, m, o + 32 * i, onto); else put_y(a, c, m, o + 32 * i, onto);
       }
     }
 }

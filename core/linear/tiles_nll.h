@@ -70,7 +70,7 @@ static void score(head *h, int64_t m) {
     const char *x0 = h->work + (m / 16 * h->tiles + k) * TILE_BYTES, *x1 = x0 + h->tiles * TILE_BYTES;
     for (int64_t v = 0; v < h->count; v += 32) {
       const char *w0 = h->rows + v / 16 * h->stride + k * TILE_BYTES;
-      multiply(packed(w0, w0 + h->stride, x0, x1, least(run, h->tiles - k), h->scores + v * 32), k == 0, 1, 1);
+      multiply(packed(w0, w0 + h->stride, x0, x1, TILE_BYTES, least(run, h->tiles - k), h->scores + v * 32), k == 0, 1, 1);
     }
   }
 }
@@ -140,7 +140,7 @@ static void shares(const wane_op *op, uint32_t group) {
       take_labels(&h, m);
       for (int64_t k = 0; k < h.plan.wide; k += 32) {
         const char *w = h.turned + k / 16 * h.turned_stride;
-        multiply(packed(w, w + h.turned_stride, h.slopes, h.slopes + steps * TILE_BYTES, steps, share + m * h.plan.wide + k * 32), b == first, 1, 1);
+        multiply(packed(w, w + h.turned_stride, h.slopes, h.slopes + steps * TILE_BYTES, TILE_BYTES, steps, share + m * h.plan.wide + k * 32), b == first, 1, 1);
       }
     }
   }

@@ -1,5 +1,5 @@
 /* amx.h: AMX tiles. Normally the intrinsics; under WANE_EMULATE the handful that the kernels use in plain C, tile state a thread,
- * so that the same sources can be checked on any CPU. Include it instead of simd.h in amx_* files.
+ * so that the same sources can be checked on any CPU. amx_* files include it instead of simd.h, or get it through tiles.h.
  *
  * All kernels use one configuration: eight tiles of 16 rows of 64 bytes. A worker calls wane_tiles_on before its first tile and
  * wane_tiles_off when it leaves, because a thread with live tiles pays 8 KiB at each context switch. */

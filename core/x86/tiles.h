@@ -66,6 +66,14 @@ typedef struct tile_product {
   const char *more0, *more1;
   int64_t more;
 } tile_product;
+/* A product of operands in whole tiles, a's one behind the other, b's `b_step` bytes apart, into four tiles of results that lie together: a0 b0, a0 b1,
+ * a1 b0, a1 b1. */
+static inline __attribute__((always_inline, unused)) tile_product packed(const char *a0, const char *a1, const char *b0, const char *b1, int64_t b_step, int64_t steps,
+                                                                         float *c) {
+  return (tile_product){ .a0 = a0, .a1 = a1, .a_row = 64, .a_step = TILE_BYTES, .b0 = b0, .b1 = b1, .b_step = b_step, .steps = steps, .c = c,
+                         .c_down = 2 * TILE_FLOATS, .c_right = TILE_FLOATS, .c_row = 64 };
+}
+
 /* Operands that are read once and shall pass by the first-level cache. */
 enum { TILES_KEEP, TILES_STREAM_A, TILES_STREAM_B };
 

@@ -1,4 +1,4 @@
---- Layers. `nn.Linear(in, out, bias)`, `nn.module { … forward = function(self, x, pass) … end }`, `nn.list(count, build)`.
+--- Layers. `nn.Linear(in, out, bias)`, `nn.module { … forward = function(self, x, pass) … end }` (or `ending` and `inner`: Module:added_to), `nn.list(count, build)`.
 -- @module wane.nn
 local module = require "wane.nn.module"
 local layers = require "wane.nn.layers"
