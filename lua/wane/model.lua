@@ -141,6 +141,26 @@ function Model:forward(ids, opts)
   return autograd.scope(function() return self:head(hidden(self, ids, opts)) end)
 end
 
+-- "[2, 3]" of lists or a Tensor, for messages; lists of several lengths: "[2, 3 to 5]".
+local function shape_text(x)
+  if Tensor.is(x) then return ("[%s]"):format(table.concat(x:shape(), ", ")) end
+  local shortest, longest = math.huge, 0
+  for _, row in ipairs(x) do shortest, longest = math.min(shortest, #row), math.max(longest, #row) end
+  if #x == 0 then return "[0]" end
+  return shortest == longest and ("[%d, %d]"):format(#x, longest) or ("[%d, %d to %d]"):format(#x, shortest, longest)
+end
+
+-- A label stands for each id; an encoder-decoder's labels have a length of their own. Told here: below, labels are one long list.
+local function check_shapes(ids, labels, own_length)
+  if not Tensor.is(ids) and type(ids) ~= "table" then return end               -- ids_tensor says what was expected
+  if type(ids[1]) == "number" then ids = { ids } end
+  local a, b = shape_text(ids), shape_text(labels)
+  local rows, other_rows = a:match "^%[%d+", b:match "^%[%d+"
+  if rows ~= other_rows or not own_length and a ~= b then
+    core.raise("loss: ids are %s, labels are %s: expected %s", a, b, own_length and "as many rows" or "a label for each id (-100: not scored)")
+  end
+end
+
 -- What the decoder of an encoder-decoder reads for its labels: the start token, then all but the last; an ignored one becomes pad.
 -- Source: modeling_t5.py _shift_right.
 local function shift_right(labels, start, pad)
@@ -173,8 +193,11 @@ end
 function Model:loss(ids, labels, opts)
   local o = {}
   for key, value in pairs(opts or {}) do o[key] = value end
-  if type(labels) ~= "table" or Tensor.is(labels) then core.raise("loss: labels: expected lists of ids, found a %s", type(labels)) end
+  if type(labels) ~= "table" or Tensor.is(labels) then
+    core.raise("loss: labels: expected lists of ids, found a %s", Tensor.is(labels) and "Tensor (its totable() makes lists)" or type(labels))
+  end
   if type(labels[1]) == "number" then labels = { labels } end
+  check_shapes(ids, labels, self.encode ~= nil)
   local targets = labels
   if self.encode then
     if not self.config.decoder_start_token_id then core.raise "loss: the model's config says no decoder_start_token_id (T5: the pad token's id)" end

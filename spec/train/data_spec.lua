@@ -49,6 +49,19 @@ describe("lines of a file", function()
     assert.equal(long, (l:get(3)))
   end)
 
+  it("that are blank are told: empty or white space, however many, at both ends, behind a byte order mark, beside long lines", function()
+    assert.same({}, lines.open(file "one\ntwo"):blank())
+    assert.same({ 2, 4, 5 }, lines.open(file "one\n\n two\n \t\r\n\r\n\vx\n"):blank())
+    assert.same({ 1, 3 }, lines.open(file "\239\187\191 \none\n  "):blank())
+    assert.same({}, lines.open(file "\239\187\191a\n"):blank())
+    assert.same({ 1 }, lines.open(file "\n"):blank())
+    local long = (" "):rep(3 * 2 ^ 20)                                    -- longer than what is read at a time
+    assert.same({ 1, 3 }, lines.open(file(long .. "\n" .. long .. "x\n" .. long)):blank())
+    local many = assert(lines.open(file(("\n"):rep(2 ^ 20 + 10) .. "x\n\n"))):blank()
+    assert.equal(2 ^ 20 + 11, #many)
+    assert.equal(2 ^ 20 + 12, many[#many])
+  end)
+
   it("of a missing or shortened file are an error", function()
     local l, message = lines.open "/nowhere/rows.jsonl"
     assert.is_nil(l)
@@ -122,6 +135,58 @@ describe("rows", function()
     assert.same({ ids = { 97, 98, 1 }, labels = { 99, 100, 1 }, line = 1 }, rows:get(1))
   end)
 
+  it("of ids: those of the vocabulary, and labels of them or -100; others are bad rows", function()
+    local good = '{"input_ids":[0,255,3],"labels":[-100,255,0]}\n'
+    for line, reason in pairs {
+      ['{"input_ids":[1,256]}'] = "entry 2 of 'input_ids' is 256: expected an id of the vocabulary, 0 to 255",
+      ['{"input_ids":[1,-1]}'] = "entry 2 of 'input_ids' is -1: expected an id of the vocabulary, 0 to 255",
+      ['{"input_ids":[-100,2]}'] = "entry 1 of 'input_ids' is -100: expected an id of the vocabulary, 0 to 255",
+      ['{"input_ids":[1,2,3],"labels":[1,2,-5]}'] = "entry 3 of 'labels' is -5: expected an id of the vocabulary, 0 to 255, or -100",
+      ['{"input_ids":[1,2,3],"labels":[1,999,3]}'] = "entry 2 of 'labels' is 999: expected an id of the vocabulary, 0 to 255, or -100",
+      ['{"input_ids":[1,1.5]}'] = "entry 2 of 'input_ids' is no id", ['{"input_ids":[1,null]}'] = "entry 2 of 'input_ids' is no id",
+    } do
+      local path = file(good .. line .. "\n")
+      local rows = assert(data.open(path, nil, { vocabulary = 256 }))
+      assert.same({ -100, 255, 0 }, rows:get(1).labels)
+      local ok, message = pcall(rows.get, rows, 2)
+      assert.is_false(ok)
+      assert.is_truthy(tostring(message):find(path .. ", line 2: " .. reason, 1, true), tostring(message))
+      rows = assert(data.open(path, nil, { vocabulary = 256, bad_rows = "skip" }))
+      assert.is_nil(rows:get(2))
+      assert.same({ { line = 2, reason = reason } }, rows.skipped)
+    end
+    -- Without a vocabulary any id from 0 on is taken; with a tokenizer its own; `vocabulary` goes before it.
+    local path = file '{"input_ids":[1,999]}\n{"input_ids":[1,-1]}\n{"input_ids":[1,4294967296]}\n'
+    local rows = assert(data.open(path, nil))
+    assert.same({ 1, 999 }, rows:get(1).ids)
+    assert.error_matches(function() rows:get(2) end, "line 2: entry 2 of 'input_ids' is %-1: expected an id from 0 on %(")
+    assert.error_matches(function() rows:get(3) end, "line 3: entry 2 of 'input_ids' is 4294967296")
+    local sized = setmetatable({ vocab_size = 999 }, { __index = tok })
+    assert.error_matches(function() assert(data.open(path, sized)):get(1) end, "is 999: expected an id of the vocabulary, 0 to 998")
+    assert.same({ 1, 999 }, assert(data.open(path, sized, { vocabulary = 1000 })):get(1).ids)
+    assert.error_matches(function() data.open(path, nil, { vocabulary = 0 }) end, "vocabulary: expected how many ids there are, .* found 0")
+  end)
+
+  it("are the lines that are not blank, which messages count all the same", function()
+    local path = file '\n{"text":"a"}\n\n \t\r\n{"text":"b"}\n{"text":""}\n\n{"text":"c"}\n  \n\n'
+    local rows = assert(data.open(path, tok, { bad_rows = "skip" }))
+    assert.equal(4, rows.count)
+    assert.same({ { 97, 1 }, 2, { 98, 1 }, 5, { 99, 1 }, 8 },
+      { rows:get(1).ids, rows:get(1).line, rows:get(2).ids, rows:get(2).line, rows:get(4).ids, rows:get(4).line })
+    assert.is_nil(rows:get(3))
+    assert.equal(1, rows.bad)
+    assert.same({ { line = 6, reason = "an empty text" } }, rows.skipped)
+    rows = assert(data.open(path, tok))
+    assert.error_matches(function() rows:get(3) end, "line 6: an empty text")
+    assert.equal(2, assert(data.open(file(("\n"):rep(500) .. '{"text":"a"}\n{"text":"b"}\n'), tok)).count)
+  end)
+
+  it("that are cut are counted once, however often they are read", function()
+    local rows = assert(data.open(file '{"text":"abcd"}\n{"text":"a"}\n{"text":"efgh"}\n', tok, { max_length = 3 }))
+    for _ = 1, 3 do for i = 1, 3 do rows:get(i) end end
+    assert.equal(2, rows.truncated)
+  end)
+
   it("of a plain text: blocks of max_length ids", function()
     assert.equal("text", assert(data.open(file("\n\nabc\n", ".txt"), tok)).kind)
     local rows = assert(data.open(file("abcde\nfgh\n", ".txt"), tok, { max_length = 4 }))
@@ -142,16 +207,18 @@ describe("rows", function()
     assert.same(rows:get(1).ids, again:get(2).ids)
   end)
 
-  local bad = { ["the conversation begins"] = '{"messages":[{"role":"assistant","content":"a"}]}', ["no JSON"] = "{", ["an empty line"] = "",
-    ["no text in 'text'"] = '{"txt":"a"}', ["no text in 'text' "] = '{"text":3}', ["an empty text"] = '{"text":""}' }
+  local bad = { ["the conversation begins"] = '{"messages":[{"role":"assistant","content":"a"}]}', ["no JSON"] = "{",
+    ["no JSON object: Expected value but found invalid unicode escape code at character 10"] = [[{"text":"\ud800"}]],
+    ["no JSON object, but a number"] = "7",
+    ["no text in 'text'; its fields are 'by', 'txt'"] = '{"txt":"a","by":"b"}', ["no text in 'text'"] = '{"text":3}', ["an empty text"] = '{"text":""}' }
   for reason, line in pairs(bad) do
     it("that cannot be used are named by their line, or left out: " .. reason, function()
-      reason = reason:gsub(" $", "")
       local good = line:find "messages" and '{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}' or '{"text":"good"}'
       local path = file(good .. "\n" .. line .. "\n" .. good .. "\n")
       local rows = assert(data.open(path, tok))
       assert.is_truthy(rows:get(1))
       assert.error_matches(function() rows:get(2) end, "line 2: " .. reason)
+      assert.error_matches(function() rows:get(2) end, '%(bad_rows = "skip", or %-%-bad%-rows skip on the command line, leaves such rows out%)')
       rows = assert(data.open(path, tok, { bad_rows = "skip" }))
       assert.is_nil(rows:get(2))
       assert.is_nil(rows:get(2))
@@ -166,11 +233,17 @@ describe("rows", function()
   end)
 
   it("need a file that holds some, and a tokenizer", function()
-    for text, pattern in pairs { [""] = "is empty", ['{"a":1}\n'] = "none of the fields", ["\n\n"] = "it has no lines", ["[1,2\n"] = "no JSON object" } do
+    for text, pattern in pairs { [""] = "is empty", ['{"a":1}\n'] = "none of the fields", ["\n \t\n"] = "all its lines are blank",
+      ["[1,2\n"] = "no JSON object" } do
       local rows, message = data.open(file(text), tok)
       assert.is_nil(rows)
       assert.matches(pattern, message)
     end
+    local _, empty = data.open(file "", tok)
+    assert.matches("no training data: the file is empty: expected JSONL", empty)
+    assert.not_matches("download", empty)
+    _, empty = data.open("/dev/null", tok)                                -- is not read to see what it holds
+    assert.matches("no regular file", empty)
     local rows, message = data.open(file '{"text":"a"}\n', nil)
     assert.is_nil(rows)
     assert.matches("no tokenizer", message)
@@ -178,6 +251,37 @@ describe("rows", function()
     assert.error_matches(function() data.open(file '{"text":"a"}\n', tok, { max_length = 0 }) end, "expected a whole number above 1, found 0")
     rows = assert(data.open(file '{"input_ids":[1,2]}\n{"input_ids":["1"]}\n', nil))
     assert.error_matches(function() rows:get(2) end, "line 2: entry 1 of 'input_ids' is no id")
+  end)
+end)
+
+describe("training data is refused:", function()
+  it("a binary file, told by a NUL byte near its beginning", function()
+    for _, name in ipairs { ".txt", ".jsonl", ".gguf" } do
+      local rows, message = data.open(file("GGUF\3\0\0\0text\n", name), tok)
+      assert.is_nil(rows)
+      assert.matches("no training data: a binary file %(byte 6 is NUL%): expected JSONL, a row a line, or a plain text, in UTF%-8", message)
+    end
+    assert.matches("byte 65536 is NUL", (select(2, data.open(file(("x"):rep(65535) .. "\0", ".txt"), tok))))
+    assert.is_truthy(data.open(file(("x\n"):rep(32768) .. "\0", ".txt"), tok))
+  end)
+
+  it("fields that no kind has: of the first row, with what it has", function()
+    local _, message = data.open(file '\n{"quote":"a","author":"b"}\n{"txt":"a"}\n{\n', tok)
+    assert.matches("no training data: line 2: none of the fields 'text', 'messages', 'input' and 'target', 'input_ids'; "
+      .. "its fields are 'author', 'quote' %(", message)
+    assert.matches("text_field, or %-%-text%-field on the command line, names", message)
+    _, message = data.open(file '{"text":"a"}\n', tok, { text_field = "quote" })
+    assert.matches("line 1: none of the fields 'quote', .* its fields are 'text' ", message)
+    _, message = data.open(file "{}\n", tok)
+    assert.matches("its fields are none", message)
+    _, message = data.open(file '{"text":"\\udfff"}\n', tok)
+    assert.matches("line 1: no JSON object: .*invalid unicode escape code at character 10", message)
+  end)
+
+  it("options that there are not", function()
+    assert.error_matches(function() data.open(file '{"text":"a"}\n', tok, { textfield = "a" }) end, "data.open: there is no option 'textfield'")
+    local rows = assert(data.open(file '{"text":"a"}\n', tok))
+    assert.error_matches(function() batches.new(rows, { batchsize = 4 }) end, "batches.new: there is no option 'batchsize'")
   end)
 end)
 
@@ -285,6 +389,22 @@ describe("batches", function()
       end
     end)
   end
+
+  it("of packed rows go on anywhere in a file with blank lines", function()
+    local text = {}
+    for i = 1, 20 do text[i] = ("\n"):rep(i % 3) .. cjson.encode { text = string.char(64 + i):rep(1 + i * 7 % 9) } .. "\n" end
+    local rows = assert(data.open(file(table.concat(text)), tok))
+    assert.equal(20, rows.count)
+    local function new() return batches.new(rows, { batch_size = 1, packing = true, max_length = 16, seed = 2 }) end
+    local feed, states, updates, left = new(), {}, {}, 0
+    for i = 1, 12 do
+      states[i] = cjson.decode(cjson.encode(feed:state()))
+      left = left + (states[i].left and 1 or 0)
+      updates[i] = feed:next()
+    end
+    assert.is_true(left > 5)
+    for i = 1, 12 do assert.same(updates[i], new():restore(states[i]):next()) end
+  end)
 
   it("end with their epoch where the last rows are left out, or dropped", function()
     local rows = assert(data.open(file '{"text":"aa"}\n{"text":"bb"}\n{}\n', tok, { bad_rows = "skip" }))

@@ -1,4 +1,5 @@
---- Layers. `nn.Linear(in, out, bias)`, `nn.module { … forward = function(self, x, pass) … end }` (or `ending` and `inner`: Module:added_to), `nn.list(count, build)`.
+--- Layers. `nn.Linear(in, out, bias)`, `nn.module { … forward = function(self, x, pass) … end }`, `nn.list(count, build)`. A module that ends in
+-- a Linear may have `ending` and `inner` instead of `forward`: see Module:added_to.
 -- @module wane.nn
 local module = require "wane.nn.module"
 local layers = require "wane.nn.layers"

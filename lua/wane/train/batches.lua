@@ -53,6 +53,9 @@ end
 local Feed = {}
 Feed.__index = Feed
 
+local known = { batch_size = true, accumulate = true, shuffle = true, seed = true, packing = true, max_length = true, group_by_length = true,
+  drop_last = true, pad = true }
+
 --- An endless source of updates.
 -- @param rows wane.Rows
 -- @param o table|nil { batch_size = 8, accumulate = 1, shuffle = true, seed = 42, packing = false, max_length = rows.max_length,
@@ -60,6 +63,9 @@ Feed.__index = Feed
 -- @return wane.Feed
 function M.new(rows, o)
   o = o or {}
+  if not o.optim then                                   -- train.run hands over all of its options, which it has checked; `optim` is always one of them
+    for key in pairs(o) do if not known[key] then core.raise("batches.new: there is no option '%s'", tostring(key)) end end
+  end
   local self = setmetatable({ rows = rows, batch_size = o.batch_size or 8, accumulate = o.accumulate or 1, seed = o.seed or 42, packing = o.packing or false,
     max_length = o.max_length or rows.max_length, by_length = o.group_by_length or false, drop_last = o.drop_last or false, pad = o.pad or 0,
     shuffle = o.shuffle ~= false, epoch = 0, at = 0 }, Feed)
@@ -77,8 +83,11 @@ function Feed:begin(epoch)
   self.sorted, self.left = nil, nil
 end
 
--- The row at place k (from 0) of this epoch's order, or nil for one left out.
-local function row_at(self, k) return self.rows:get(self.order(k) + 1) end
+-- The row at place k (from 0) of this epoch's order, nil for one left out, and its number.
+local function row_at(self, k)
+  local number = self.order(k) + 1
+  return self.rows:get(number), number
+end
 
 -- Places of a stretch of MEGA batches, longest rows first.
 local function sort_stretch(self)
@@ -94,7 +103,7 @@ local function sort_stretch(self)
   return list
 end
 
--- The next row of this epoch, or nil at its end. Rows left out are passed over.
+-- The next row of this epoch and its number, or nil at its end. Rows left out are passed over.
 local function take(self)
   while self.at < self.rows.count do
     local place = self.at
@@ -103,8 +112,8 @@ local function take(self)
       place = list[self.at - list.first + 1].place
     end
     self.at = self.at + 1
-    local row = row_at(self, place)
-    if row then return row end
+    local row, number = row_at(self, place)
+    if row then return row, number end
   end
 end
 
@@ -142,12 +151,13 @@ end
 local function pack_row(self)
   local out = { ids = {}, labels = {}, positions = {}, first = {}, lines = {} }
   while true do
-    local row = self.left or take(self)
+    local row, number = self.left, self.left_number
+    if not row then row, number = take(self) end
     self.left = nil
     if not row then break end
     local length = math.min(#row.ids, self.max_length)
     if #out.ids > 0 and #out.ids + length > self.max_length then
-      self.left = row
+      self.left, self.left_number = row, number
       break
     end
     local begin = #out.ids
@@ -216,8 +226,8 @@ function Feed:next()
 end
 
 --- Where the feed stands.
--- @return table { epoch, at, left = the line of a row that opens the next packed one }
-function Feed:state() return { epoch = self.epoch, at = self.at, left = self.left and self.left.line or nil } end
+-- @return table { epoch, at, left = the number of a row that opens the next packed one }
+function Feed:state() return { epoch = self.epoch, at = self.at, left = self.left and self.left_number or nil } end
 
 --- Goes to where state() was taken, with the same rows and options.
 -- @param state table
@@ -225,7 +235,7 @@ function Feed:state() return { epoch = self.epoch, at = self.at, left = self.lef
 function Feed:restore(state)
   self:begin(state.epoch)
   self.at = state.at
-  if state.left then self.left = self.rows:get(state.left) end
+  if state.left then self.left, self.left_number = self.rows:get(state.left), state.left end
   return self
 end
 

@@ -9,8 +9,10 @@
 --   messages   { "messages": [ { role, content } … ] }: a ChatML conversation; the assistant's answers and their ends are scored
 --   pairs      { "input", "target" } or { "prompt", "completion" }: the second is scored; for an encoder-decoder the first is what it reads
 --   ids        { "input_ids", "labels" }: rows that were made elsewhere (data.export writes such)
--- A file of any size: lines are found through an index (wane.train.lines) and tokenized one at a time.
+-- A file of JSONL of any size: lines are found through an index (wane.train.lines) and tokenized one at a time; blank ones are no rows. A plain text is
+-- tokenized whole when it is opened, and its ids are held.
 -- @module wane.train.data
+local ffi = require "ffi"
 local core = require "wane.core"
 local cjson = require "cjson"
 local lines = require "wane.train.lines"
@@ -18,18 +20,28 @@ local lines = require "wane.train.lines"
 local M = {}
 
 local IGNORED = -100
+local HEAD = 2 ^ 16                      -- bytes in which a NUL tells a binary file
 
 ---@class wane.Rows
 ---@field path string
 ---@field kind string
----@field count integer rows (text: of max_length ids, the last one shorter)
+---@field count integer rows: lines that are not blank (text: of max_length ids, the last one shorter)
 ---@field skipped table[] { line, reason }: the first bad rows
 ---@field bad integer how many were skipped so far
----@field truncated integer how many were cut to max_length so far
+---@field truncated integer how many were cut to max_length so far, each counted once
 local Rows = {}
 Rows.__index = Rows
 
 -- ---------------------------------------------------------------- one row of each kind
+
+-- The fields of a row, for messages.
+local function fields_of(row)
+  local names = {}
+  for name in pairs(row) do names[#names + 1] = ("'%s'"):format(tostring(name)) end
+  if #names == 0 then return "none" end
+  table.sort(names)
+  return table.concat(names, ", ", 1, math.min(#names, 10)) .. (#names > 10 and ", …" or "")
+end
 
 local makers = {}
 
@@ -60,7 +72,7 @@ end
 
 function makers.jsonl(self, row)
   local text = row[self.text_field]
-  if type(text) ~= "string" then return nil, ("no text in '%s'"):format(self.text_field) end
+  if type(text) ~= "string" then return nil, ("no text in '%s'; its fields are %s"):format(self.text_field, fields_of(row)) end
   local ids, labels = {}, {}
   local front, back = around(self)
   append(ids, labels, front, true)
@@ -123,13 +135,20 @@ function makers.pairs(self, row)
   return ids, labels
 end
 
-function makers.ids(_, row)
+-- Rows that were made elsewhere may be made for another model: an id that this one lacks is told here, by its line, not by the op that meets it.
+function makers.ids(self, row)
   local ids, labels = row.input_ids, row.labels or row.input_ids
+  local size = self.vocabulary or 2 ^ 31
   for _, field in ipairs { { "input_ids", ids }, { "labels", labels } } do
     local name, list = field[1], field[2]
     if type(list) ~= "table" then return nil, ("'%s' is no list of ids"):format(name) end
     for i = 1, #list do
-      if type(list[i]) ~= "number" or list[i] % 1 ~= 0 then return nil, ("entry %d of '%s' is no id"):format(i, name) end
+      local id = list[i]
+      if type(id) ~= "number" or id % 1 ~= 0 then return nil, ("entry %d of '%s' is no id"):format(i, name) end
+      if (id < 0 or id >= size) and not (name == "labels" and id == IGNORED) then
+        return nil, ("entry %d of '%s' is %.0f: expected an id %s%s"):format(i, name, id,
+          self.vocabulary and ("of the vocabulary, 0 to %d"):format(size - 1) or "from 0 on", name == "labels" and ", or -100" or "")
+      end
     end
   end
   return ids, labels
@@ -146,7 +165,8 @@ end
 
 local function decode(text)
   local ok, row = pcall(cjson.decode, text)
-  if not ok or type(row) ~= "table" then return nil, "no JSON object" end
+  if not ok then return nil, "no JSON object: " .. tostring(row) end
+  if type(row) ~= "table" then return nil, ("no JSON object, but a %s"):format(row == cjson.null and "null" or type(row)) end
   return row
 end
 
@@ -162,11 +182,20 @@ local function scored(labels, from)
   return false
 end
 
--- The row of line i: ids, labels, or nil and why not.
-local function make(self, i)
-  local text, message = self.lines:get(i)
+-- The line of row i: rows are the lines that are not blank.
+local function line_of(self, i)
+  local low, high = 0, #self.blank                       -- how many blank ones stand before it: bisected
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if self.blank[middle] - middle < i then low = middle else high = middle - 1 end
+  end
+  return i + low
+end
+
+-- Row i, out of a line: ids, labels, or nil and why not.
+local function make(self, i, line)
+  local text, message = self.lines:get(line)
   if not text then return nil, message end
-  if not text:find "%S" then return nil, "an empty line" end
   local row
   row, message = decode(text)
   if not row then return nil, message end
@@ -175,9 +204,9 @@ local function make(self, i)
   if not self.encoder_decoder and #ids ~= #labels then return nil, ("%d ids and %d labels"):format(#ids, #labels) end
   local short, was_cut = cut(ids, self.max_length)
   local short_labels, labels_cut = cut(labels, self.max_length)
-  if was_cut or labels_cut then self.truncated = self.truncated + 1 end
+  if (was_cut or labels_cut) and self.seen_cut[i] == 0 then self.seen_cut[i], self.truncated = 1, self.truncated + 1 end
   if not scored(short_labels, self.encoder_decoder and 1 or 2) then return nil, was_cut and "nothing to learn before it is cut" or "nothing to learn" end
-  return { ids = short, labels = short_labels, line = i }
+  return { ids = short, labels = short_labels, line = line }
 end
 
 --- Row i. A bad one raises, naming its line, or is left out (bad_rows = "skip").
@@ -188,37 +217,44 @@ function Rows:get(i)
     local ids = self.blocks(i)
     return { ids = ids, labels = ids, line = i }
   end
-  local row, reason = make(self, i)
+  local line = line_of(self, i)
+  local row, reason = make(self, i, line)
   if row then return row end
-  if self.bad_rows ~= "skip" then core.raise("%s, line %d: %s (bad_rows = \"skip\" leaves such rows out)", self.path, i, reason) end
+  if self.bad_rows ~= "skip" then
+    core.raise("%s, line %d: %s (bad_rows = \"skip\", or --bad-rows skip on the command line, leaves such rows out)", self.path, line, reason)
+  end
   if not self.seen_bad[i] then
     self.seen_bad[i] = true
     self.bad = self.bad + 1
-    if #self.skipped < 10 then self.skipped[#self.skipped + 1] = { line = i, reason = reason } end
+    if #self.skipped < 10 then self.skipped[#self.skipped + 1] = { line = line, reason = reason } end
   end
 end
 
 -- The first line that can be read says the kind.
 local function detect(self, opts)
-  local reason = "it has no lines"
-  for i = 1, math.min(self.lines.count, 100) do
-    local text = self.lines:get(i)
-    local row, message = decode(text or "")
-    if row then
-      local kind = kind_of(row, self.text_field)
+  local reason, tried = nil, 0                           -- the first line's: what follows it is mostly like it
+  for i = 1, self.lines.count do
+    local text, message = self.lines:get(i)
+    if not text or text:find "%S" then
+      local row
+      if text then row, message = decode(text) end
+      local kind = row and kind_of(row, self.text_field)
       if kind then return kind end
-      reason = ("line %d has none of the fields '%s', 'messages', 'input' and 'target', 'input_ids'"):format(i, self.text_field)
-    elseif text and text:find "%S" then
-      if not self.path:find "%.jsonl?$" and not opts.text_field then return "text" end
-      reason = ("line %d: %s"):format(i, message)
+      if row then
+        message = ("none of the fields '%s', 'messages', 'input' and 'target', 'input_ids'; its fields are %s "
+          .. "(text_field, or --text-field on the command line, names the one with the text)"):format(self.text_field, fields_of(row))
+      elseif text and not self.path:find "%.jsonl?$" and not opts.text_field then
+        return "text"
+      end
+      reason, tried = reason or ("line %d: %s"):format(i, message), tried + 1
+      if tried == 100 then break end
     end
   end
-  return nil, reason
+  return nil, reason or "all its lines are blank"
 end
 
 -- A plain text in rows of max_length ids. Ids are 4 bytes each: the text is tokenized once, a thousand lines at a time.
 local function open_text(self)
-  local ffi = require "ffi"
   local room, n = 4096, 0
   local all = ffi.new("int32_t[?]", room)
   for from = 1, self.lines.count, 1000 do
@@ -248,24 +284,46 @@ local function open_text(self)
   return self
 end
 
+-- What is no training data by its first bytes, told before the file is indexed: why, or nil.
+local function not_text(path)
+  local f = core.C.wane_path_kind(path) == core.C.WANE_PATH_FILE and io.open(path, "rb")
+  if not f then return nil end                           -- the index says why
+  local head, message = f:read(HEAD)
+  f:close()
+  if not head then return not message and "the file is empty: expected JSONL, a row a line, or a plain text" or nil end
+  local nul = head:find("\0", 1, true)
+  if nul then return ("a binary file (byte %d is NUL): expected JSONL, a row a line, or a plain text, in UTF-8"):format(nul) end
+end
+
+local known = { kind = true, text_field = true, max_length = true, encoder_decoder = true, bad_rows = true, eos = true, vocabulary = true }
+
 --- Opens training data.
 -- @param path string
 -- @param tok wane.Tokenizer|nil needed for all kinds but ids
 -- @param opts table|nil { kind = nil (told from the file), text_field = "text", max_length = 1024, encoder_decoder = false, bad_rows = "fail" | "skip",
---   eos = id put behind samples where the tokenizer puts none (default: the tokenizer's eos token) }
+--   eos = id put behind samples where the tokenizer puts none (default: the tokenizer's eos token),
+--   vocabulary = integer, how many ids the model has: rows of ids with others are bad rows (default: the tokenizer's vocab_size; without both any id
+--   from 0 on is taken) }
 -- @return wane.Rows|nil, string|nil message
 function M.open(path, tok, opts)
   opts = opts or {}
-  local index, message = lines.open(path)
-  if not index then return nil, message end
-  local self = setmetatable({ path = path, lines = index, tok = tok, text_field = opts.text_field or "text", max_length = opts.max_length or 1024,
-    encoder_decoder = opts.encoder_decoder or false, bad_rows = opts.bad_rows or "fail", bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
+  for key in pairs(opts) do if not known[key] then core.raise("data.open: there is no option '%s'", tostring(key)) end end
+  local self = setmetatable({ path = path, tok = tok, text_field = opts.text_field or "text", max_length = opts.max_length or 1024,
+    encoder_decoder = opts.encoder_decoder or false, bad_rows = opts.bad_rows or "fail", vocabulary = opts.vocabulary or tok and tok.vocab_size,
+    bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
   if self.bad_rows ~= "fail" and self.bad_rows ~= "skip" then
     core.raise("data.open: bad_rows: expected 'fail' or 'skip', found '%s'", tostring(self.bad_rows))
   end
   if self.max_length < 2 or self.max_length % 1 ~= 0 then
     core.raise("data.open: max_length: expected a whole number above 1, found %s", tostring(opts.max_length))
   end
+  if opts.vocabulary and (type(opts.vocabulary) ~= "number" or opts.vocabulary < 1 or opts.vocabulary % 1 ~= 0) then
+    core.raise("data.open: vocabulary: expected how many ids there are, a whole number above 0, found %s", tostring(opts.vocabulary))
+  end
+  local message = not_text(path)
+  if message then return nil, ("%s: no training data: %s"):format(path, message) end
+  self.lines, message = lines.open(path)
+  if not self.lines then return nil, message end
   self.kind = opts.kind
   if not self.kind then
     self.kind, message = detect(self, opts)
@@ -275,8 +333,11 @@ function M.open(path, tok, opts)
   end
   if self.kind ~= "ids" and not tok then return nil, ("%s holds text, and the model has no tokenizer that wane reads"):format(path) end
   self.eos = opts.eos or (tok and tok.eos_id and tok.eos_id[1])
-  self.count = index.count
   if self.kind == "text" then return open_text(self) end
+  self.blank, message = self.lines:blank()
+  if not self.blank then return nil, message end
+  self.count = self.lines.count - #self.blank
+  self.seen_cut = ffi.new("uint8_t[?]", self.count + 1)  -- 1 for a row that was counted in `truncated`
   return self
 end
 

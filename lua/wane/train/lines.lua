@@ -42,4 +42,28 @@ function Lines:get(i)
   return ffi.string(self.buffer, n)
 end
 
+--- Which lines are blank: empty, or nothing but white space. Reads the file once more.
+-- @return integer[]|nil their numbers, rising, string|nil message
+function Lines:blank()
+  local f, message = io.open(self.path, "rb")
+  if not f then return nil, message end
+  local found, number, white = {}, 1, true               -- white: line `number`, as far as it was read
+  local at = f:read(3) == "\239\187\191" and 4 or 1       -- behind a byte order mark, as the index begins
+  f:seek("set", at - 1)
+  for chunk in function() return f:read(2 ^ 20) end do
+    local from, mark = 1, 0                              -- mark: the first byte from `from` on that is no white space
+    while from <= #chunk do
+      if mark < from then mark = chunk:find("%S", from) or #chunk + 1 end
+      local stop = chunk:find("\n", from, true)
+      white = white and mark > (stop or #chunk)
+      if not stop then break end
+      if white then found[#found + 1] = number end
+      from, number, white = stop + 1, number + 1, true
+    end
+  end
+  f:close()
+  if white and number <= self.count then found[#found + 1] = number end        -- the last one, without its end
+  return found
+end
+
 return M
