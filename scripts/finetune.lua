@@ -19,6 +19,8 @@ parser:option("--trainable", "Parameters of the model to train instead of an ada
 parser:option("--optim", "adamw, adam, sgd, lion, rmsprop, adagrad; _8bit behind, paged_ in front (adamw).")
 parser:option("--lr", "Learning rate (2e-4)."):convert(cli.number)
 parser:option("--schedule", "linear, cosine, constant, constant_with_warmup, … (linear).")
+parser:option("--num-decay-steps", "Updates in which the rate falls (warmup_stable_decay)."):convert(cli.count)
+parser:option("--min-lr", "Where the rate ends (cosine_with_min_lr)."):convert(cli.number)
 parser:option("--warmup-steps", "Updates in which the rate rises; below 1: a share of all (0)."):convert(cli.number)
 parser:option("--weight-decay", "Of all but norms and biases (0)."):convert(cli.number)
 parser:option("--max-steps", "Updates (default: --epochs)."):convert(cli.count)
@@ -47,22 +49,35 @@ local function names(text)
   return list
 end
 
+-- What a folder may hold that a result would overwrite: an earlier run's, or a model's.
+local RESULTS = { "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json", "best" }
+
 -- Wrong usage is told before anything is read.
 local function check(args)
   for _, option in ipairs { "model", "data", "out" } do if not args[option] then cli.usage("--%s is missing", option) end end
-  for _, option in ipairs { "lora_r", "batch_size", "accumulate", "max_steps", "max_length", "save_every", "eval_every", "patience" } do
+  for _, option in ipairs { "lora_r", "batch_size", "accumulate", "max_steps", "max_length", "save_every", "save_total_limit", "eval_every", "patience" } do
     if args[option] == 0 then cli.usage("--%s: a number above 0 was expected", (option:gsub("_", "-"))) end
   end
   local earlier = not args.resume and require("wane.train").saves.latest(args.out)
   if earlier then cli.usage("--out: %s is of an earlier run; --resume goes on from it", earlier) end
+  local C = require("wane.core").C
+  for _, name in ipairs(args.resume and {} or RESULTS) do
+    if C.wane_path_kind(args.out .. "/" .. name) ~= C.WANE_PATH_NONE then
+      cli.usage("--out: '%s' holds %s, an earlier result's or a model's: choose another folder, or remove it", args.out, name)
+    end
+  end
   if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
   if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
+  if args.patience and not args.eval_every then cli.usage "--patience counts evaluations: it needs --eval-every" end
+  if args.epochs and args.epochs <= 0 then cli.usage "--epochs: a number above 0 was expected" end
   if args.lora_dropout and (args.lora_dropout < 0 or args.lora_dropout >= 1) then cli.usage "--lora-dropout: expected a share in [0, 1)" end
   local make, message = require("wane.optim").by_name(args.optim or "adamw")
   if not make then cli.usage("--optim: %s", message) end
   local ok
-  ok, message = pcall(require("wane.optim.schedule").new, args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = 0 })
+  ok, message = pcall(function()
+    require("wane.optim.schedule").new(args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = args.num_decay_steps, min_lr = args.min_lr })(0)
+  end)
   if not ok then cli.usage("--schedule: %s", (tostring(message):gsub("^.-schedule: ", ""))) end
 end
 
@@ -75,8 +90,10 @@ local function choose(model, args)
     if n == 0 then cli.fail("--trainable %s: no parameter of this model is called so (wane inspect lists them)", args.trainable) end
   end
   if args.trainable and not args.lora_r then return false, 0, 0 end
-  lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout, target_modules = names(args.target_modules),
-    modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora, use_dora = args.use_dora, seed = args.seed or 42 })
+  local attached = lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout,
+    target_modules = names(args.target_modules), modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora,
+    use_dora = args.use_dora, seed = args.seed or 42 })
+  if #(attached.unused or {}) > 0 then cli.note("--target-modules: nothing in this model is called %s", table.concat(attached.unused, ", ")) end
   local report, trainable, all = lora.trainable_report(model)
   if not args.json then print(report) end
   return true, trainable, all
@@ -95,39 +112,49 @@ local function live(args)
 end
 
 -- What a resumed run must have been started with, beside what the trainer compares.
-local function fingerprint(args)
-  local parts = {}
-  for _, name in ipairs { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "compute", "lora_r", "lora_alpha",
-    "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable" } do
-    if args[name] ~= nil then parts[#parts + 1] = ("%s %s"):format(name, tostring(args[name])) end
+local function fingerprint(args, rows)
+  local parts = { ("rows %d"):format(rows.count) }
+  for _, name in ipairs { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
+    "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable",
+    "num_decay_steps", "min_lr" } do
+    local value = args[name]
+    if type(value) == "table" then value = #value > 0 and table.concat(value, " ") or nil end
+    if name == "model" or name == "data" then value = value:gsub("(.)/+$", "%1") end
+    if value ~= nil then parts[#parts + 1] = ("%s %s"):format(name, tostring(value)) end
   end
   return table.concat(parts, ", ")
 end
 
 local function open_rows(path, tok, model, args)
   return cli.check(require("wane.train").data.open(path, tok, { text_field = args.text_field, max_length = args.max_length or 512,
-    bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil }))
+    bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size }))
 end
 
-local function train(model, tok, args)
+-- Trains, writes the result, and only then looks at what was held out once more.
+local function train(model, tok, args, save)
   local wane, rows = require "wane", open_rows(args.data, tok, model, args)
   local held_out = args.eval_data and open_rows(args.eval_data, tok, model, args)
   local pad = tok and tok.pad_id or 0
   local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
   local before = not args.resume and evaluate() or nil
   local draw, clear = live(args)
-  cli.check(wane.core.C.wane_path_make(args.out) >= 0 or nil, ("cannot make the folder '%s'"):format(args.out))
+  cli.check(wane.core.C.wane_path_make(args.out) >= 0 or nil,
+    ("cannot make the folder '%s': expected a place that can be written, and no file of that name"):format(args.out))
   cli.patient()
   local result = cli.check(wane.train.run(model, rows, {
     lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
     epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
-    clip = args.clip, optim = args.optim, seed = args.seed, checkpointing = args.checkpointing or false, out = args.out, save_every = args.save_every,
+    schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
+    checkpointing = args.checkpointing or false, out = args.out, save_every = args.save_every,
     save_total_limit = args.save_total_limit, resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_rows = args.eval_every and held_out,
     eval_every = args.eval_every, patience = args.patience, pad = pad, cancelled = cli.interrupted, on_update = draw,
-    fingerprint = fingerprint(args),
+    fingerprint = fingerprint(args, rows),
   }))
   clear()
-  result.before, result.after, result.rows = before, evaluate(), rows
+  local written, message = save()
+  cli.check(written, ("the result was not written to '%s': %s"):format(args.out, tostring(message)))
+  if result.stopped == "cancelled" then cli.note "interrupted: saved, and what is held out was not looked at" else result.after = evaluate() end
+  result.before, result.rows, result.held_out = before, rows, held_out
   return result
 end
 
@@ -148,13 +175,16 @@ cli.run(parser, function(args)
   local model, tok = cli.load_model(args)
   if not tok then cli.note("no tokenizer: %s", tostring(model.tokenizer_error)) end
   local adapter, trainable, all = choose(model, args)
-  local result = train(model, tok, args)
-  local written = adapter and wane.lora.save(model, args.out) or not adapter and model:save(args.out)
-  cli.check(written, ("the result was not written to '%s'"):format(args.out))
+  local result = train(model, tok, args, function()
+    if adapter then return wane.lora.save(model, args.out) end
+    return model:save(args.out)
+  end)
   show_curve(result, args)
-  local rows = result.rows
-  if rows.bad > 0 then cli.note("%d rows were left out, such as line %d: %s", rows.bad, rows.skipped[1].line, rows.skipped[1].reason) end
-  if rows.truncated > 0 then cli.note("%d rows were cut to --max-length", rows.truncated) end
+  for _, rows in ipairs { result.rows, result.held_out } do
+    local of = rows == result.rows and "" or " of --eval-data"
+    if rows.bad > 0 then cli.note("%d row(s)%s left out, such as line %d: %s", rows.bad, of, rows.skipped[1].line, rows.skipped[1].reason) end
+    if rows.truncated > 0 then cli.note("%d row(s)%s cut to --max-length", rows.truncated, of) end
+  end
   local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
     peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,
     perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }
@@ -162,6 +192,7 @@ cli.run(parser, function(args)
   if result.after then
     print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
   end
+  if result.finished then cli.note("'%s' was finished already: %d updates", args.out, result.steps) end
   print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
     cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
 end)

@@ -53,6 +53,27 @@ local function adapter(dir)
 end
 
 describe("wane finetune", function()
+  it("does not write over a result or a model, and refuses what makes no sense", function()
+    local dir = folder()
+    for _, name in ipairs { "adapter_config.json", "config.json", "model.safetensors" } do
+      os.execute(("touch %s/%s"):format(dir, name))
+      local _, err, status = run(base .. " --max-steps 1 --out " .. dir)
+      assert.equal(2, status)
+      assert.matches("holds " .. name:gsub("%p", "%%%0") .. ", an earlier result's or a model's", err)
+      os.execute(("rm %s/%s"):format(dir, name))
+    end
+    for _, c in ipairs { { "--save-total-limit 0", "--save%-total%-limit: a number above 0" },
+      { "--patience 1 --eval-data " .. rows_path, "needs %-%-eval%-every" },
+      { "--schedule warmup_stable_decay", "needs num_decay_steps" }, { "--epochs 0", "--epochs: a number above 0" } } do
+      local _, err, status = run(("%s --max-steps 1 %s --out %s"):format(base, c[1], dir))
+      assert.equal(2, status, c[1])
+      assert.matches(c[2], err)
+    end
+    local _, err, status = run(base .. " --max-steps 2 --schedule warmup_stable_decay --num-decay-steps 1 --target-modules q_proj,nope --out " .. dir)
+    assert.equal(0, status, err)
+    assert.matches("nothing in this model is called nope", err)
+  end)
+
   it("trains, reports, and writes an adapter that generate takes", function()
     local dir = folder()
     local out, err, status = run(base .. " --max-steps 8 --eval-data " .. rows_path .. " --json --out " .. dir)

@@ -216,6 +216,67 @@ describe("a checkpoint", function()
   end)
 end)
 
+describe("a run that fails", function()
+  -- Row 30 of 40 is broken: with rows in their order, update 4 (of batches of 4, two an update) meets it.
+  local function broken_rows()
+    local rows, fail = open(), true
+    local proxy = setmetatable({ mend = function() fail = false end }, { __index = rows })
+    function proxy.get(_, i)
+      if fail and i == 30 then error("line 30: broken", 0) end
+      return rows:get(i)
+    end
+    return proxy
+  end
+
+  it("keeps the updates before it, and goes on with the row that failed", function()
+    local whole, cut, dir = adapted(), adapted(), folder()
+    assert(wane.train.run(whole, open(), with { shuffle = false, max_steps = 5 }))
+    local rows = broken_rows()
+    local ok, message = pcall(wane.train.run, cut, rows, with { shuffle = false, max_steps = 5, out = dir })
+    assert.is_false(ok)
+    assert.matches("line 30: broken", message)
+    assert.matches("checkpoint%-3; resume goes on from it", message)
+    assert.equal(3, select(2, saves.latest(dir)))
+    cut:close()
+    rows.mend()
+    local again = adapted()
+    local o = with { shuffle = false, max_steps = 5, out = dir, resume = true, save_every = 5, log = dir .. "/l.jsonl" }
+    local result = assert(wane.train.run(again, rows, o))
+    assert.same(values(whole), values(again))
+    local finished = assert(wane.train.run(again, rows, o))
+    assert.is_true(finished.finished)
+    assert.near(result.loss, finished.loss, 1e-9)
+    whole:close()
+    again:close()
+  end)
+
+  it("says which checkpoint is damaged and which one is whole", function()
+    local model, dir = adapted(), folder()
+    assert(wane.train.run(model, open(), with { max_steps = 4, save_every = 2, out = dir }))
+    for _, text in ipairs { "{}", "[]", "5", "{" } do
+      write(dir .. "/checkpoint-4/trainer_state.json", text)
+      local ok, message = wane.train.run(model, open(), with { max_steps = 4, save_every = 2, out = dir, resume = true })
+      assert.is_nil(ok)
+      assert.matches("the checkpoint of step 4 cannot be read: .*trainer_state.json", message)
+      assert.matches("Remove .*/checkpoint%-4 to go on from .*/checkpoint%-2", message)
+    end
+    model:close()
+  end)
+
+  it("is told at once what makes no sense", function()
+    local model = adapted()
+    for _, c in ipairs { { { batch_size = 0 }, "batch_size: expected a whole number above 0, found 0" }, { { accumulate = 1.5 }, "accumulate: expected" },
+      { { save_total_limit = 0 }, "save_total_limit: expected" }, { { patience = 1, eval_rows = open() }, "it needs eval_every" },
+      { { eval_every = 1 }, "need eval_rows" } } do
+      assert.error_matches(function() wane.train.run(model, open(), with(c[1])) end, c[2])
+    end
+    local path = write(folder() .. "/none.jsonl", '{"input_ids":[5]}\n{"input_ids":[6]}\n')
+    assert.error_matches(function() wane.train.evaluate(model, assert(data.open(path, nil, { bad_rows = "skip" }))) end,
+      "has anything to score: all were left out")
+    model:close()
+  end)
+end)
+
 describe("logs and curves", function()
   it("a log goes on from a step, without a line that a kill cut short", function()
     local path = write(folder() .. "/l.jsonl", '{"step":1,"loss":3}\n{"step":2,"loss":2}\n{"step":3,"loss":1}\n{"step":')

@@ -63,9 +63,7 @@ local known = { batch_size = true, accumulate = true, shuffle = true, seed = tru
 -- @return wane.Feed
 function M.new(rows, o)
   o = o or {}
-  if not o.optim then                                   -- train.run hands over all of its options, which it has checked; `optim` is always one of them
-    for key in pairs(o) do if not known[key] then core.raise("batches.new: there is no option '%s'", tostring(key)) end end
-  end
+  for key in pairs(o) do if not known[key] then core.raise("batches.new: there is no option '%s'", tostring(key)) end end
   local self = setmetatable({ rows = rows, batch_size = o.batch_size or 8, accumulate = o.accumulate or 1, seed = o.seed or 42, packing = o.packing or false,
     max_length = o.max_length or rows.max_length, by_length = o.group_by_length or false, drop_last = o.drop_last or false, pad = o.pad or 0,
     shuffle = o.shuffle ~= false, epoch = 0, at = 0 }, Feed)

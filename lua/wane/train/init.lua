@@ -33,6 +33,14 @@ local function options_of(given)
     if defaults[key] == nil and not others[key] then core.raise("train.run: there is no option '%s'", tostring(key)) end
     o[key] = value
   end
+  for _, key in ipairs { "batch_size", "accumulate", "save_every", "save_total_limit", "eval_every", "patience", "max_steps" } do
+    local n = o[key]
+    if n ~= nil and (type(n) ~= "number" or n < 1 or n % 1 ~= 0) then
+      core.raise("train.run: %s: expected a whole number above 0, found %s", key, tostring(n))
+    end
+  end
+  if (o.patience or o.eval_every) and not o.eval_rows then core.raise "train.run: eval_every and patience need eval_rows" end
+  if o.patience and not o.eval_every then core.raise "train.run: patience counts evaluations: it needs eval_every" end
   return o
 end
 
@@ -73,7 +81,8 @@ local function set_up(model, rows, o)
   if #self.params == 0 then
     core.raise "train.run: the model trains nothing: attach an adapter (wane.lora.attach), or choose parameters (model:train_parameters)"
   end
-  self.feed = batches.new(rows, o)
+  self.feed = batches.new(rows, { batch_size = o.batch_size, accumulate = o.accumulate, shuffle = o.shuffle, seed = o.seed, packing = o.packing,
+    max_length = o.max_length, group_by_length = o.group_by_length, drop_last = o.drop_last, pad = o.pad })
   o.total_steps = o.max_steps or math.ceil(o.epochs * updates_per_epoch(self.feed, o))
   local make, message = optim.by_name(o.optim)
   if not make then core.raise("train.run: %s", message) end
@@ -97,23 +106,47 @@ end
 
 --- Writes checkpoint-STEP; raises where that fails.
 function Run:save()
-  local state = { step = self.step, feed = self.feed:state(), best = self.best, stale = self.stale, settings = settings_of(self.o) }
+  local state = { step = self.step, feed = self.before or self.feed:state(), best = self.best, stale = self.stale, settings = settings_of(self.o) }
+  self.saving = true
   local path, message = saves.write(self.o.out, self.step, { model = self.model, params = self.params, opt = self.opt, state = state }, self.o.save_total_limit)
   if not path then core.raise("train.run: the checkpoint of step %d was not written: %s", self.step, message) end
-  self.saved = self.step
+  self.saved, self.saving = self.step, false
   if self.o.on_event then self.o.on_event("saved", path) end
+end
+
+-- Of two lists of settings ("model a, quant nf4"), those that differ.
+local function apart(a, b)
+  local function set(text)
+    local entries = {}
+    for entry in (text .. ", "):gmatch "(.-), " do entries[entry] = true end
+    return entries
+  end
+  local function missing(from, other)
+    local list = {}
+    for entry in pairs(from) do if not other[entry] then list[#list + 1] = entry end end
+    table.sort(list)
+    return #list > 0 and table.concat(list, ", ") or "none of these"
+  end
+  a, b = set(a), set(b)
+  return missing(a, b), missing(b, a)
 end
 
 --- Goes on from the newest checkpoint; nil and why where it belongs to another run.
 function Run:resume()
-  local path = saves.latest(self.o.out)
+  local path, step, older = saves.latest(self.o.out)
   if not path then return nil, ("there is no checkpoint in '%s' to resume from"):format(self.o.out) end
   local state, message = saves.read(path, self)
-  if not state then return nil, message end
+  if not state then
+    return nil, ("the checkpoint of step %d cannot be read: %s%s"):format(step, message,
+      older and (". Remove %s to go on from %s"):format(path, older) or "")
+  end
   for _, key in ipairs(same) do
     local was, is = state.settings[key], self.o[key]
     if was ~= is then
-      return nil, ("%s belongs to a run with %s = %s; this one has %s: give the same options, or another folder"):format(path, key, tostring(was), tostring(is))
+      if key == "fingerprint" and type(was) == "string" and type(is) == "string" then was, is = apart(was, is) end
+      local name = key == "total_steps" and "total_steps (max_steps, or epochs of these rows)" or key == "fingerprint" and "the settings" or key
+      return nil, ("%s belongs to a run with %s = %s; this one has %s: give the same options, or another folder"):format(path, name, tostring(was),
+        tostring(is))
     end
   end
   self.step, self.best, self.stale = state.step, state.best, state.stale or 0
@@ -142,12 +175,14 @@ function M.evaluate(model, rows, o)
     autograd.no_grad(core.scope, function() sum = sum + model:loss(batch.ids, batch.labels, loss_options(batch, 1)):item() end)
     count = count + batch.count
   end
+  if count == 0 then core.raise("train.evaluate: no row of '%s' has anything to score%s", tostring(rows.path), rows.bad > 0 and ": all were left out" or "") end
   return { loss = sum / count, perplexity = math.exp(sum / count), count = count }
 end
 
 --- Enqueues an update; its loss and gradient norm are read when the next one is under way.
 function Run:update()
   local o = self.o
+  self.before = self.feed:state()                  -- where the data stood before an update that may fail
   local update = self.feed:next()
   local lr = self.rate(self.step)
   local record = { step = self.step + 1, lr = lr, tokens = update.tokens, epoch = update.epoch, started = core.C.wane_clock() }
@@ -164,10 +199,12 @@ function Run:update()
     record.loss = F.outside_scopes(function() return total:clone() end)
     record.grad_norm = F.outside_scopes(function() return self.opt:clip(o.clip) end)
     for _, group in ipairs(self.opt.groups) do group.lr = lr end
+    self.stepping = true
     self.opt:step()
+    self.stepping = false
     self.opt:zero_grad()
   end)
-  self.step = self.step + 1
+  self.step, self.before = self.step + 1, nil
   return record
 end
 
@@ -193,6 +230,7 @@ function Run:finish(record)
   if record.loss ~= record.loss or math.abs(record.loss) == math.huge then
     self.broken = (self.broken or 0) + 1
     if self.broken >= 3 then
+      self.lost = true                               -- nothing to go on from
       core.raise("train.run: the loss of updates %d to %d is not finite: a smaller lr or f32 compute may help; wane.autograd.anomaly = true names the op",
         record.step - 2, record.step)
     end
@@ -222,33 +260,10 @@ end
 
 local function due(step, every) return every and every > 0 and step % every == 0 end
 
--- ---------------------------------------------------------------- the run
-
---- Trains what the model's leaves are.
--- @param model wane.Model
--- @param rows wane.Rows see wane.train.data
--- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
---   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
---   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
---   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
---   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
---   fingerprint = any text that a resumed run must share }
--- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
---   records = the log's }, string|nil message
-function M.run(model, rows, given)
-  local o = options_of(given)
-  if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
-  local self = set_up(model, rows, o)
-  if o.out then saves.sweep(o.out) end
-  local earlier = o.out and not o.resume and saves.latest(o.out)
-  if earlier then return nil, ("'%s' is of an earlier run: go on from it (resume), remove it, or choose another folder"):format(earlier), "mismatch" end
-  if o.resume then
-    local ok, message = self:resume()
-    if not ok then return nil, message, "mismatch" end
-  end
-  local log, message = logs.open(o.log, o.resume and self.step or nil)
-  if not log then return nil, message, "io" end
-  self.log = log
+--- The updates up to the last one.
+-- @return string|nil why it stopped before
+function Run:go()
+  local o = self.o
   local stopped, pending = o.patience and self.stale >= o.patience and "early" or nil, nil
   while self.step < o.total_steps and not stopped do
     local record = self:update()
@@ -265,10 +280,58 @@ function M.run(model, rows, given)
   end
   self:finish(pending)
   if o.out and (o.save_every or stopped == "cancelled") and self.saved ~= self.step then self:save() end
+  return stopped
+end
+
+--- After an error: the checkpoint of the last whole update, if there is something to keep.
+-- @return string|nil its path
+function Run:rescue()
+  if not self.o.out or self.lost or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
+  return pcall(self.save, self) and saves.latest(self.o.out) or nil
+end
+
+-- ---------------------------------------------------------------- the run
+
+--- Trains what the model's leaves are.
+-- @param model wane.Model
+-- @param rows wane.Rows see wane.train.data
+-- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
+--   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
+--   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
+--   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
+--   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
+--   fingerprint = any text that a resumed run must share }
+-- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
+--   records = the log's, finished = true where a resumed run had no update left }, string|nil message; an error raised by a later update leaves a
+--   checkpoint of the one before it in `out`
+function M.run(model, rows, given)
+  local o = options_of(given)
+  if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
+  local self = set_up(model, rows, o)
+  if o.out then saves.sweep(o.out) end
+  local earlier = o.out and not o.resume and saves.latest(o.out)
+  if earlier then return nil, ("'%s' is of an earlier run: go on from it (resume), remove it, or choose another folder"):format(earlier), "mismatch" end
+  if o.resume then
+    local ok, message = self:resume()
+    if not ok then return nil, message, "mismatch" end
+  end
+  local log, message = logs.open(o.log, o.resume and self.step or nil)
+  if not log then return nil, message, "io" end
+  self.log = log
+  local finished = self.step >= o.total_steps
+  local ok, stopped = pcall(self.go, self)
+  if not ok then
+    local kept = self:rescue()
+    self.log:close()
+    if kept and type(stopped) == "string" then stopped = ("%s (written: %s; resume goes on from it)"):format(stopped, kept) end
+    error(stopped, 0)
+  end
   self.log:close()
   local records = self.log.records
   self.opt:close()
-  return { steps = self.step, loss = self.last and self.last.loss, seconds = self.seconds or 0, tokens = self.tokens or 0,
+  local loss = self.last and self.last.loss
+  for i = #records, 1, -1 do loss = loss or records[i].loss end
+  return { steps = self.step, loss = loss, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
     tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stopped = stopped, records = records,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
 end

@@ -36,10 +36,11 @@ end
 
 --- The newest checkpoint of a run.
 -- @param dir string the run's folder
--- @return string|nil path, integer|nil step
+-- @return string|nil path, integer|nil step, string|nil path of the one before
 function M.latest(dir)
-  local step = steps_in(dir)[1]
-  if step then return ("%s/checkpoint-%d"):format(dir, step), step end
+  local steps = steps_in(dir)
+  local function path(i) return steps[i] and ("%s/checkpoint-%d"):format(dir, steps[i]) end
+  return path(1), steps[1], path(2)
 end
 
 -- Removes dir/name without a moment in which it is there in part.
@@ -126,6 +127,9 @@ function M.read(path, run)
   local ok, state = pcall(cjson.decode, f:read "*a")
   f:close()
   if not ok then return nil, path .. "/trainer_state.json is no JSON" end
+  if type(state) ~= "table" or type(state.settings) ~= "table" or type(state.feed) ~= "table" or type(state.step) ~= "number" then
+    return nil, path .. "/trainer_state.json lacks step, feed or settings"
+  end
   local saved
   saved, message = serialize.load(path .. "/parameters.safetensors")
   if not saved then return nil, message end
