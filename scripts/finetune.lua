@@ -102,8 +102,10 @@ end
 -- A line that is drawn over itself: step, loss, tokens a second, time left, memory.
 local function live(args)
   if args.json or not cli.is_terminal() then return nil, function() end end
-  local width = 0
+  local width, drawn, clock = 0, 0, require("wane.core").C.wane_clock
   return function(r, total)
+    if clock() - drawn < 0.1 and r.step < total then return end            -- ten times a second is all that an eye, or a slow terminal, takes
+    drawn = clock()
     local text = ("step %d/%d  loss %.4f  %.0f tokens/s  %s left  %s"):format(r.step, total, r.loss, r.tokens_per_s, cli.seconds((total - r.step) * r.seconds),
       cli.bytes(r.rss_bytes))
     io.stderr:write("\r", text, (" "):rep(width - #text))
@@ -169,6 +171,15 @@ local function show_curve(result, args)
   if not args.json then print(curve.terminal(result.curve, math.min(tonumber(os.getenv "COLUMNS") or 80, 120), 10)) end
 end
 
+local function tell(result, report, args)
+  if result.after then
+    print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
+  end
+  if result.finished then cli.note("'%s' was finished already: %d updates", args.out, result.steps) end
+  print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
+    cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
+end
+
 cli.run(parser, function(args)
   check(args)
   local wane = require "wane"
@@ -188,11 +199,9 @@ cli.run(parser, function(args)
   local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
     peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,
     perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }
-  if args.json then return cli.json(report) end
-  if result.after then
-    print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
+  if args.json then cli.json(report) else tell(result, report, args) end
+  if result.stopped == "cancelled" then                                      -- a script should not take this for a whole run
+    io.stdout:flush()
+    os.exit(130)
   end
-  if result.finished then cli.note("'%s' was finished already: %d updates", args.out, result.steps) end
-  print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
-    cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
 end)
