@@ -155,7 +155,9 @@ local function train(model, tok, args, save)
   clear()
   local written, message = save()
   cli.check(written, ("the result was not written to '%s': %s"):format(args.out, tostring(message)))
-  if result.stopped == "cancelled" then cli.note "interrupted: saved, and what is held out was not looked at" else result.after = evaluate() end
+  for _, r in ipairs(result.records) do if r.eval_loss and r.step == result.steps then result.after = r end end       -- looked at just now
+  if result.stopped == "cancelled" then cli.note "interrupted: saved, and what is held out was not looked at again"
+  elseif not result.after then result.after = evaluate() end
   result.before, result.rows, result.held_out = before, rows, held_out
   return result
 end
