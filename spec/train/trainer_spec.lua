@@ -169,7 +169,7 @@ describe("a run", function()
       assert.matches(pattern, message)
     end
     refused({ out = dir, resume = true, lr = 1 }, "belongs to a run with lr = 0.01; this one has 1")
-    refused({ out = dir, resume = true, optim = "adamw" }, "holds the state of adamw with 8 bits")
+    refused({ out = dir, resume = true, optim = "adamw" }, "optim = adamw_8bit; this one has adamw")
     refused({ out = folder(), resume = true }, "there is no checkpoint in")
     refused({ out = dir }, "checkpoint%-12' is of an earlier run: go on from it")
     write(dir .. "/checkpoint-12/trainer_state.json", "{")
@@ -232,8 +232,14 @@ describe("a run that fails", function()
     local whole, cut, dir = adapted(), adapted(), folder()
     assert(wane.train.run(whole, open(), with { shuffle = false, max_steps = 5 }))
     local rows = broken_rows()
-    local ok, message = pcall(wane.train.run, cut, rows, with { shuffle = false, max_steps = 5, out = dir })
+    local ok, message = pcall(wane.train.run, cut, rows, with { shuffle = false, max_steps = 5, out = dir, log = dir .. "/l.jsonl" })
     assert.is_false(ok)
+    local logged = 0
+    for line in io.lines(dir .. "/l.jsonl") do
+      logged = logged + 1
+      assert.equal(logged, cjson.decode(line).step)
+    end
+    assert.equal(3, logged)
     assert.matches("line 30: broken", message)
     assert.matches("checkpoint%-3; resume goes on from it", message)
     assert.equal(3, select(2, saves.latest(dir)))

@@ -135,11 +135,11 @@ end
 function Run:resume()
   local path, step, older = saves.latest(self.o.out)
   if not path then return nil, ("there is no checkpoint in '%s' to resume from"):format(self.o.out) end
-  local state, message = saves.read(path, self)
-  if not state then
-    return nil, ("the checkpoint of step %d cannot be read: %s%s"):format(step, message,
-      older and (". Remove %s to go on from %s"):format(path, older) or "")
+  local function damaged(message)
+    return nil, ("the checkpoint of step %d cannot be read: %s%s"):format(step, message, older and (". Remove %s to go on from %s"):format(path, older) or "")
   end
+  local state, message = saves.state(path)
+  if not state then return damaged(message) end
   for _, key in ipairs(same) do
     local was, is = state.settings[key], self.o[key]
     if was ~= is then
@@ -149,6 +149,9 @@ function Run:resume()
         tostring(is))
     end
   end
+  local ok
+  ok, message = saves.read(path, self)                                       -- after the settings: another optimizer's state is no damage
+  if not ok then return damaged(message) end
   self.step, self.best, self.stale = state.step, state.best, state.stale or 0
   self.saved = state.step
   self.feed:restore(state.feed)
@@ -264,21 +267,23 @@ local function due(step, every) return every and every > 0 and step % every == 0
 -- @return string|nil why it stopped before
 function Run:go()
   local o = self.o
-  local stopped, pending = o.patience and self.stale >= o.patience and "early" or nil, nil
+  local stopped = o.patience and self.stale >= o.patience and "early" or nil
+  local function finish()
+    local record = self.pending
+    self.pending = nil
+    self:finish(record)
+  end
   while self.step < o.total_steps and not stopped do
     local record = self:update()
-    self:finish(pending)
-    pending = record
+    finish()
+    self.pending = record
     local save, look = due(self.step, o.save_every), o.eval_rows and due(self.step, o.eval_every)
     if o.cancelled and o.cancelled() then stopped = "cancelled" end
-    if save or look or stopped then
-      self:finish(pending)
-      pending = nil
-    end
+    if save or look or stopped then finish() end
     if look and self:look() then stopped = "early" end
     if save then self:save() end
   end
-  self:finish(pending)
+  finish()
   if o.out and (o.save_every or stopped == "cancelled") and self.saved ~= self.step then self:save() end
   return stopped
 end
@@ -286,6 +291,7 @@ end
 --- After an error: the checkpoint of the last whole update, if there is something to keep.
 -- @return string|nil its path
 function Run:rescue()
+  pcall(self.finish, self, self.pending)                                      -- the log has the step that the checkpoint has
   if not self.o.out or self.lost or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
   return pcall(self.save, self) and saves.latest(self.o.out) or nil
 end
@@ -330,8 +336,8 @@ function M.run(model, rows, given)
   local records = self.log.records
   self.opt:close()
   local loss = self.last and self.last.loss
-  for i = #records, 1, -1 do loss = loss or records[i].loss end
-  return { steps = self.step, loss = loss, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
+  for i = #records, 1, -1 do loss = loss or type(records[i].loss) == "number" and records[i].loss end
+  return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
     tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stopped = stopped, records = records,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
 end

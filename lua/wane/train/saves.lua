@@ -117,11 +117,10 @@ end
 -- @return string|nil its path, string|nil message
 function M.write_best(dir, run) return write_folder(dir, "best", trained(run)) end
 
---- Reads a checkpoint into a run that was set up as the one that wrote it.
+--- The state of a checkpoint, to be compared with a run's before anything is read into it.
 -- @param path string of a checkpoint-N
--- @param run table { params, opt }
--- @return table|nil the state of trainer_state.json, string|nil message
-function M.read(path, run)
+-- @return table|nil trainer_state.json, string|nil message
+function M.state(path)
   local f, message = io.open(path .. "/trainer_state.json")
   if not f then return nil, message end
   local ok, state = pcall(cjson.decode, f:read "*a")
@@ -130,8 +129,15 @@ function M.read(path, run)
   if type(state) ~= "table" or type(state.settings) ~= "table" or type(state.feed) ~= "table" or type(state.step) ~= "number" then
     return nil, path .. "/trainer_state.json lacks step, feed or settings"
   end
-  local saved
-  saved, message = serialize.load(path .. "/parameters.safetensors")
+  return state
+end
+
+--- Reads a checkpoint's tensors into a run that was set up as the one that wrote it.
+-- @param path string of a checkpoint-N
+-- @param run table { params, opt }
+-- @return true|nil, string|nil message
+function M.read(path, run)
+  local saved, message = serialize.load(path .. "/parameters.safetensors")
   if not saved then return nil, message end
   for _, p in ipairs(run.params) do
     local from = saved[p.name]
@@ -139,9 +145,7 @@ function M.read(path, run)
     if from:describe() ~= p:describe() then return nil, ("%s: '%s' is %s, expected %s"):format(path, p.name, from:describe(), p:describe()) end
   end
   for _, p in ipairs(run.params) do p:copy(saved[p.name]) end
-  ok, message = run.opt:load(path .. "/optimizer.safetensors")
-  if not ok then return nil, message end
-  return state
+  return run.opt:load(path .. "/optimizer.safetensors")
 end
 
 return M
