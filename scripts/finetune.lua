@@ -93,7 +93,7 @@ local function choose(model, args)
   local attached = lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout,
     target_modules = names(args.target_modules), modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora,
     use_dora = args.use_dora, seed = args.seed or 42 })
-  if #(attached.unused or {}) > 0 then cli.note("--target-modules: nothing in this model is called %s", table.concat(attached.unused, ", ")) end
+  if #attached.unused > 0 then cli.note("--target-modules: nothing in this model is called %s", table.concat(attached.unused, ", ")) end
   local report, trainable, all = lora.trainable_report(model)
   if not args.json then print(report) end
   return true, trainable, all
