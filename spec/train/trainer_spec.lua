@@ -299,6 +299,13 @@ describe("logs and curves", function()
     assert.matches("cannot write the log", message)
   end)
 
+  it("a full disk under a log is told", function()
+    local l = assert(log.open(folder() .. "/l.jsonl"))
+    l.file:close()
+    l.file = assert(io.open("/dev/full", "w"))
+    assert.error_matches(function() l:add { step = 7, loss = 1 } end, "the line of step 7 was not written: .*[Nn]o space")
+  end)
+
   it("a curve is drawn in a terminal's characters", function()
     local points = {}
     for i = 1, 100 do points[i] = { i, 5 - i / 25 } end

@@ -1,6 +1,7 @@
 --- The log of a run: a line of JSON for every update and evaluation, appended to a file.
 -- @module wane.train.log
 local cjson = require "cjson"
+local core = require "wane.core"
 local json = require "wane.checkpoint.json"
 local writer = require "wane.checkpoint.writer"
 
@@ -58,8 +59,9 @@ end
 function Log:add(record)
   self.records[#self.records + 1] = record
   if self.file then
-    self.file:write(text_of(record))
-    self.file:flush()
+    local ok, message = self.file:write(text_of(record))
+    if ok then ok, message = self.file:flush() end
+    if not ok then core.raise("log: the line of step %s was not written: %s", tostring(record.step), tostring(message)) end
   end
 end
 
