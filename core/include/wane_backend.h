@@ -8,7 +8,7 @@
 typedef struct wane_op wane_op;
 typedef void (*wane_kernel)(const wane_op *op, uint32_t chunk);
 
-enum { WANE_OP_POINTERS = 10, WANE_OP_SIZES = 12, WANE_OP_OPERANDS = 4 };
+enum { WANE_OP_POINTERS = 11, WANE_OP_SIZES = 12, WANE_OP_OPERANDS = 4 };
 struct wane_op {
   wane_kernel fn;                          /* set from the table when enqueued */
   uint32_t nchunks;                        /* how the work is cut: a function of the shapes alone, never of the thread count */

@@ -87,7 +87,7 @@ static void product_slice(wane_stream *s, const product *p, int prepare, int mul
   op = product_op(s, p, multiply, m0, rows);
   if (p->rank) {
     op->i[WANE_LINEAR_RANK] = (int32_t)p->rank;
-    op->p[multiply == WANE_OP_LINEAR_BACK ? WANE_LINEAR_BIAS : WANE_LINEAR_X] = (void *)p->factor;
+    op->p[WANE_LINEAR_FACTOR] = (void *)p->factor;
     op->i[WANE_LINEAR_ONTO] = p->onto;
     if (p->other) op->p[WANE_LINEAR_BIAS] = p->other->data + m0 * p->out * wane_size_of(p->x->dtype);
   }

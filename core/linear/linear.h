@@ -36,9 +36,9 @@ enum {
   WANE_OP_LINEAR_PREPARE = WANE_OP_LINEAR,        /* x -> workspace of ROWS;   chunks over m */
   WANE_OP_LINEAR_ROWS = WANE_OP_LINEAR + 8,       /* workspace, W -> y;        chunks over n */
   WANE_OP_LINEAR_PACK = WANE_OP_LINEAR + 16,      /* x -> workspace of MANY;   chunks over m */
-  WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, W -> y;        chunks over n */
+  WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, x, W -> y;     chunks over n. Tiles read bf16 x in place, and BACK dy */
   WANE_OP_LINEAR_BACK_PACK = WANE_OP_LINEAR + 32, /* dy -> workspace of BACK;  chunks over m */
-  WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, dy, W -> dx;   chunks over k. Tiles read bf16 dy in place */
+  WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, dy, W -> dx;   chunks over k */
   WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48,      /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */
   WANE_OP_LINEAR_EXPERTS_PREPARE = WANE_OP_LINEAR + 56, /* PREPARE or PACK of each expert's rows: experts.c */
   WANE_OP_LINEAR_EXPERTS = WANE_OP_LINEAR + 57,   /* ROWS or MANY of each expert's rows */
@@ -48,9 +48,10 @@ enum {
 /* The record of all of them. The weight is wane_qview_load(op) (pointers 4..9, sizes 10 and 11, integers 14 and 15). */
 enum {
   WANE_LINEAR_Y = 0,         /* p: y [M, N] (BACK: dx [M, K]), contiguous */
-  WANE_LINEAR_X = 1,         /* p: x [M, K] (BACK_PACK and BACK: dy [M, N]), contiguous; MANY with a rank: see there */
+  WANE_LINEAR_X = 1,         /* p: x [M, K] (BACK_PACK and BACK: dy [M, N]), contiguous */
   WANE_LINEAR_BIAS = 2,      /* p: bias [N] or NULL */
   WANE_LINEAR_WORK = 3,      /* p: workspace, 64-byte aligned, wane_linear_work_bytes() */
+  WANE_LINEAR_FACTOR = 10,   /* p: with a rank, MANY: B [N, r], BACK: A [r, K] */
   WANE_LINEAR_M = 0,         /* n */
   WANE_LINEAR_ID = 1,        /* n: no other op of this process has it; 0: none given */
   WANE_LINEAR_DTYPE = 0,     /* i: of x and y */
@@ -58,8 +59,8 @@ enum {
   WANE_LINEAR_COMPUTE = 2,   /* WANE_COMPUTE_F32 … _FAST, without the invariant bit */
   WANE_LINEAR_BY_ROW = 3,    /* LLM_INT8: 1 takes outlier columns a row at a time (WANE_COMPUTE_INVARIANT) */
   WANE_LINEAR_ALONE = 4,     /* LLM_INT8, preparing ops: 1 if no SCAN ran before */
-  WANE_LINEAR_RANK = 5,      /* r > 0: y += u B too (BACK: dx += du A). Preparing ops have u f32 [M, r] where the bias is, MANY B [N, r] where x is, BACK
-                              * A [r, K] where the bias is. Only where WANE_OP_LINEAR_ADDS is, not for LLM_INT8, not with WANE_COMPUTE_F32 */
+  WANE_LINEAR_RANK = 5,      /* r > 0: y += u Bᵀ too (BACK: dx += du A). Preparing ops have u f32 [M, r] where the bias is. Only where WANE_OP_LINEAR_ADDS
+                              * is, not for LLM_INT8, not with WANE_COMPUTE_F32 */
   WANE_LINEAR_ONTO = 6,      /* i, with a rank, 1: BACK adds to what dx holds, MANY adds the tensor [M, N] of y's dtype that is where a bias would be */
   WANE_LINEAR_THRESHOLD = 0  /* f */
 };

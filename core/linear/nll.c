@@ -61,7 +61,7 @@ int wane_linear_nll(wane_stream *s, wane_handle *hnll, wane_handle *hdx, const w
   if (dx && x->shape[0] > 0) {
     wane_qview view;
     wane_qview_of(w, &view);
-    const int codes[4] = { WANE_OP_LINEAR_PACK + wane_linear_group(w->dtype), WANE_OP_LINEAR_NLL_SHARES, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX };
+    const int codes[4] = { WANE_OP_LINEAR_NLL_PACK, WANE_OP_LINEAR_NLL_SHARES, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX };
     const int64_t chunks[4] = { plan.padded / 32, plan.groups, 1, plan.padded / 32 };
     for (int i = 0; i < 4; i++) {
       wane_op *op = nll_op(s, codes[i], &view, x, labels, work, compute);

@@ -3,7 +3,7 @@
  * Scores of a vocabulary exist a block of W's rows at a time, in a worker's scratch: with M the largest score of a row of x so far, e^(score - M) times the
  * block goes into the gradient of x at once, which shrinks when M grows, as attention does it. What is written is as large as x, not as the vocabulary.
  *
- *   PACK       x as MANY has it (linear.h)
+ *   NLL_PACK   x in pairs of tiles                                                                                                               chunks: 32 rows
  *   NLL_SHARES of each of a few groups of blocks, for each row of x: M, the sum of e^(score - M), the sum of e^(score - M) W without the label's own     chunks: groups
  *   NLL_MERGE  each row's nll, and the base-2 logarithm of its sum                                                                               one chunk
  *   NLL_DX     the groups' sums, in their order, by the row's own, and the label's part                                                           chunks: 32 rows
@@ -15,7 +15,7 @@
 #include "linear.h"
 
 enum {
-  WANE_OP_LINEAR_NLL_SHARES = WANE_OP_LINEAR + 59, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX,
+  WANE_OP_LINEAR_NLL_SHARES = WANE_OP_LINEAR + 59, WANE_OP_LINEAR_NLL_MERGE, WANE_OP_LINEAR_NLL_DX, WANE_OP_LINEAR_NLL_PACK,
   WANE_NLL_IGNORED = 2,                    /* n */
   WANE_NLL_FACTOR = 1,                     /* f */
   WANE_NLL_LABELS = 7,                     /* i; 6 is LINEAR's own */

@@ -1,17 +1,17 @@
 /* tiles_many.h: many rows of x times a weight of any kind, and the backward, with bf16 tiles (bf16 products, f32 sums).
  *
- * Forward: W is the first operand, so its decoded rows stay row-major; x is the second, packed once as [16 pairs of k][16 tokens][2]; a
- * result tile is [16 of W][16 tokens] and is turned on the way out. Backward: dy is the first operand, W the second, two rows of it
- * interleaved. Tiles work two by two (four loads for four products).
- * The order of k inside a step of 128 (64 at the end of a row) is free as long as both sides agree: 4-bit weights use the order in which vpermw
- * delivers them. Their levels times their scale are one 32-entry table of bf16 a step, so a weight is bf16(level * absmax), as bitsandbytes has
- * it. bf16 weights are copied; other kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
+ * Of a product one operand is in rows as they are, the first, and one in pairs along the contraction, the second. Forward, either may be which:
+ *   few rows of x     W is first: its decoded rows stay as they are; x is turned into pairs once (PACK), results are turned on the way out
+ *   many (x_first)    x is first: bf16 rows in whole steps are read where they are, results leave as rows; W's tiles are turned as they are decoded
+ * Backward, dy is first; W, two of its rows interleaved, second. Tiles work two by two (four loads for four products).
+ * 4-bit levels times their scale are one table of bf16 a block, so a weight is bf16(level * absmax), as bitsandbytes has it. bf16 weights are copied; other
+ * kinds are decoded by quant.h to f32 and rounded. WANE_COMPUTE_F32 stays with the f32 kernels.
  * A low-rank product beside it (lora.h) is a few more values of the contraction, in tiles after its own: u with x, the other factor with W.
- * Backward, rows of dy that are bf16 in whole steps are read where they are.
  * The contraction is cut in equal runs of at most RUN tiles (a panel of x, 2 KiB a tile, stays in the first-level cache, past which W is streamed)
  * and, beyond the scratch, in phases, by the shapes alone. */
 #ifndef WANE_TILES_MANY_H
 #define WANE_TILES_MANY_H
+#include "nll.h"
 #include "tiles_linear.h"
 #include "tiles_split.h"
 
@@ -23,9 +23,6 @@ _Static_assert(NAME_AT + 64 <= WANE_SCRATCH, "tiles, results and scales fit into
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Tiles that the low-rank product adds. */
-static int64_t added_tiles(const wane_op *op) { return op->i[WANE_LINEAR_RANK] > 0 ? wane_split_tiles(op->i[WANE_LINEAR_RANK]) : 0; }
-
 /* 4-bit rows made of whole blocks of 64 with one scale each have decoders of their own. */
 static int is_fast(const wane_qview *w) {
   return (w->dtype == WANE_NF4 || w->dtype == WANE_FP4) && w->cols % BLOCK == 0 && w->cols > 0 && w->block_size % BLOCK == 0 &&
@@ -34,104 +31,91 @@ static int is_fast(const wane_qview *w) {
 
 static __m512 levels_of(const wane_qview *w) { return _mm512_loadu_ps(w->dtype == WANE_FP4 ? wane_fp4_levels : wane_nf4_levels); }
 
-/* ================================================================ packing */
-
-/* The words of 64 consecutive values (two registers) that belong to nibbles 0 and 1, 2 and 3 of the packed bytes: see avx512_many16.c. */
-static void word_order(__m512i *order) {
-  static const int nibble[4] = { 1, 0, 3, 2 };
-  int16_t index[64];
-  for (int i = 0; i < 64; i++) index[i] = (int16_t)(i % 16 * 4 + nibble[i / 16]);
-  order[0] = _mm512_loadu_si512(index);
-  order[1] = _mm512_loadu_si512(index + 32);
+/* Tiles, one behind the other, turned where they are: rows into pairs. */
+static void turn_tiles(char *at, int64_t tiles) {
+  for (; tiles > 0; tiles--, at += TILE_BYTES) wane_transpose16(at, 64, at, 64);
 }
 
-/* A step of a row of x: `count` values (128 or 64, zeros past `left`) in vpermw's order where `order`. */
-WANE_INLINE void pack_step(const void *x, int dtype, int64_t at, int64_t left, int count, const __m512i *order, uint16_t *out) {
-  __m512i z[4];
-  for (int i = 0; i < count / 32; i++) z[i] = load_bf16(x, dtype, at + 32 * i, left - 32 * i);
-  if (!order) {
-    for (int i = 0; i < count / 32; i++) _mm512_storeu_si512(out + 32 * i, z[i]);
-    return;
-  }
-  for (int i = 0; i < 2; i++) {
-    __m512i a = _mm512_permutex2var_epi16(z[0], order[i], z[1]), b;
-    if (count == BLOCK) { _mm512_storeu_si512(out + 32 * i, a); continue; }
-    b = _mm512_permutex2var_epi16(z[2], order[i], z[3]);
-    _mm512_storeu_si512(out + 64 * i, _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1));
-    _mm512_storeu_si512(out + 64 * i + 32, _mm512_inserti64x4(b, _mm512_extracti64x4_epi64(a, 1), 0));
-  }
+/* ================================================================ x's rows */
+
+/* Does MANY take x's rows as first operand? A tile costs the same to turn whatever it holds: tiles of x and of results for each 16 rows of x, or tiles of W
+ * as often as they are decoded, which is once or twice. */
+static int x_first(int64_t M, int64_t N, int64_t K) { return M * (2 * N + K) >= 2 * N * K; }
+
+/* A product as tiles see it. */
+typedef struct job {
+  wane_linear_args a;
+  wane_qview w;
+  int64_t width, outputs;                                                   /* values of a row of x and of results (BACK: of dy and of dx) */
+  int64_t own, rank, added;                                                 /* tiles of a row; of the low-rank product the rank and the tiles */
+  int64_t in_place;                                                         /* rows of x that are read where they are */
+  int back, first;                                                          /* first: rows of x are the first operand */
+  const void *factor, *onto;                                                /* the low-rank product's; [M, outputs] to add to the results, or NULL */
+} job;
+
+static job job_of(const wane_op *op, int back) {
+  job j = { .a = wane_linear_load(op), .w = wane_qview_load(op), .rank = op->i[WANE_LINEAR_RANK], .factor = op->p[WANE_LINEAR_FACTOR], .back = back };
+  j.width = back ? j.a.N : j.a.K; j.outputs = back ? j.a.K : j.a.N;
+  j.own = tiles_of_row(j.width);
+  j.added = j.rank > 0 ? wane_split_tiles(j.rank) : 0;
+  j.first = back || x_first(j.a.M, j.a.N, j.a.K);
+  /* bf16 in whole steps, in panels of 32 rows. Rows a multiple of 2 KiB apart would share few sets of a cache. */
+  if (j.first && j.a.dtype == WANE_BF16 && j.width % BLOCK == 0 && j.width % 1024 != 0) j.in_place = j.a.M / 32 * 32;
+  if (op->i[WANE_LINEAR_ONTO]) j.onto = back ? j.a.y : j.a.bias;
+  return j;
 }
 
-/* Rows of a [M, width] tensor as tiles [M / 16][width / 32 + added] of 1 KiB, padded with zeros to 32 rows and 64 columns; turned into
- * [16 pairs][16 rows][2] when `turn`. The low-rank product's u lies where a bias would; of the first `in_place` rows it is all that is packed. */
-static void pack_tiles(const wane_linear_args *a, const wane_op *op, uint32_t chunk, int64_t width, const __m512i *order, int turn, int64_t in_place) {
-  _Alignas(64) uint16_t rows[16][STEP];
-  int64_t lo, hi, tiles = tiles_of_row(width) + added_tiles(op), rank = op->i[WANE_LINEAR_RANK];
+/* Rows of x as tiles [M / 16][own + added] of 1 KiB, padded with zeros to 32 rows and 64 columns, in pairs unless they are the first operand. The low-rank
+ * product's u lies where a bias would; of rows that are read in place it is all that is packed. */
+static void pack_tiles(const job *j, const wane_op *op, uint32_t chunk) {
+  const wane_linear_args *a = &j->a;
+  int64_t lo, hi, tiles = j->own + j->added;
   wane_op_range(op, chunk, a->M, 32, &lo, &hi);
   for (int64_t m = lo; m < round_up(hi, 32) && lo < hi; m += 16) {
-    for (int64_t k = 0; k < width && m >= in_place; k += STEP) {
-      int count = width - k > BLOCK ? STEP : BLOCK;
-      char *out = (char *)a->work + (m / 16 * tiles + k / 32) * TILE_BYTES;
-      for (int i = 0; i < 16; i++) {
-        if (m + i < a->M) pack_step(a->x, a->dtype, (m + i) * width + k, width - k, count, order, rows[i]);
-        else memset(rows[i], 0, sizeof rows[i]);
-      }
-      for (int q = 0; q < count / 32; q++) {
-        if (turn) wane_transpose16(rows[0] + 32 * q, sizeof rows[0], out + q * TILE_BYTES, 64);
-        else for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + q * TILE_BYTES + 64 * i, _mm512_loadu_si512(rows[i] + 32 * q));
-      }
-    }
-    char *out = (char *)a->work + (m / 16 * tiles + tiles_of_row(width)) * TILE_BYTES;
-    for (int i = 0; rank && i < 16; i++) wane_split_row(m + i < a->M ? (const float *)a->bias + (m + i) * rank : NULL, rank, WANE_SPLIT_FIRST, out + 64 * i);
-    for (int64_t q = 0; turn && q < added_tiles(op); q++) wane_transpose16(out + q * TILE_BYTES, 64, out + q * TILE_BYTES, 64);
+    char *out = (char *)a->work + m / 16 * tiles * TILE_BYTES;
+    for (int64_t i = 0; i < 16 && m >= j->in_place; i++)
+      for (int64_t t = 0; t < j->own; t++)
+        _mm512_storeu_si512(out + t * TILE_BYTES + 64 * i,
+                            m + i < a->M ? load_bf16(a->x, a->dtype, (m + i) * j->width + 32 * t, j->width - 32 * t) : _mm512_setzero_si512());
+    for (int64_t i = 0; j->rank && i < 16; i++)
+      wane_split_row(m + i < a->M ? (const float *)a->bias + (m + i) * j->rank : NULL, j->rank, WANE_SPLIT_FIRST, out + j->own * TILE_BYTES + 64 * i);
+    if (!j->first) turn_tiles(out, tiles);
   }
 }
 
 static void pack(const wane_op *op, uint32_t chunk) {
-  wane_linear_args a = wane_linear_load(op);
-  wane_qview w = wane_qview_load(op);
-  __m512i order[2];
-  if (a.compute == WANE_COMPUTE_F32) { avx512_pack(op, chunk); return; }
-  word_order(order);
-  pack_tiles(&a, op, chunk, a.K, is_fast(&w) ? order : NULL, 1, 0);
-}
-
-/* Rows of dy that BACK reads where they are: bf16 in whole steps, in panels of 32. Rows a multiple of 2 KiB apart would share few sets of a cache. */
-static int64_t rows_in_place(const wane_linear_args *a) {
-  return a->dtype == WANE_BF16 && a->N % BLOCK == 0 && a->N % 1024 != 0 ? a->M / 32 * 32 : 0;
+  job j = job_of(op, 0);
+  if (j.a.compute == WANE_COMPUTE_F32) avx512_pack(op, chunk); else pack_tiles(&j, op, chunk);
 }
 
 static void back_pack(const wane_op *op, uint32_t chunk) {
-  wane_linear_args a = wane_linear_load(op);
-  if (a.compute == WANE_COMPUTE_F32) { avx512_back_pack(op, chunk); return; }
-  pack_tiles(&a, op, chunk, a.N, NULL, 0, rows_in_place(&a));
+  job j = job_of(op, 1);
+  if (j.a.compute == WANE_COMPUTE_F32) avx512_back_pack(op, chunk); else pack_tiles(&j, op, chunk);
 }
 
-/* ================================================================ forward */
+/* x in pairs, whatever its shape: for nll.h. */
+static void nll_pack(const wane_op *op, uint32_t chunk) {
+  job j = job_of(op, 0);
+  j.first = 0; j.in_place = 0;
+  pack_tiles(&j, op, chunk);
+}
+
+/* ================================================================ W's rows */
 
 /* Row n, values [k, k + width) (a multiple of 64, inside the row), as row r of tiles `out`, a KiB apart. */
 static void decode_fast(const wane_qview *w, __m512 levels, const float *scale, int64_t n, int64_t k, int64_t width, char *out) {
-  const __m512i fifteen = _mm512_set1_epi16(15), upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const uint8_t *q = (const uint8_t *)w->codes + (n * w->cols + k) / 2;
-  int64_t i = 0;
-  for (; i + STEP <= width; i += STEP, q += 64, out += 4 * TILE_BYTES) {
-    __m512i v = _mm512_loadu_si512(q);
-    __m512i table = to_bf16(_mm512_mul_ps(levels, _mm512_set1_ps(scale[(k + i) / BLOCK])), _mm512_mul_ps(levels, _mm512_set1_ps(scale[(k + i) / BLOCK + 1])));
-    _mm_prefetch((const char *)q + w->cols * 8, _MM_HINT_T1);               /* this place, 16 rows on */
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-      _mm_prefetch(out + t * TILE_BYTES + 128, _MM_HINT_ET0);
-      __m512i index = _mm512_or_si512(_mm512_and_si512(t ? _mm512_srli_epi16(v, (unsigned)(4 * t)) : v, fifteen), upper);
-      _mm512_storeu_si512(out + t * TILE_BYTES, _mm512_permutexvar_epi16(index, table));
-    }
-  }
-  if (i < width) {                                                           /* 64 values: nibbles 0 and 1, then 2 and 3 */
-    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)q);
-    __m512i v = _mm512_inserti64x4(_mm512_inserti64x4(_mm512_setzero_si512(), half, 0), _mm256_srli_epi16(half, 4), 1);
-    __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(scale[(k + i) / BLOCK]));
+  const __m128i *q = (const __m128i *)(const void *)((const uint8_t *)w->codes + (n * w->cols + k) / 2);
+  const __m512i fifteens = _mm512_set1_epi16(15);
+  for (int64_t b = k / BLOCK; b < (k + width) / BLOCK; b++) {
+    __m512 scaled = _mm512_mul_ps(levels, _mm512_set1_ps(scale[b]));
     __m512i table = to_bf16(scaled, scaled);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_and_si512(v, fifteen), table));
-    _mm512_storeu_si512(out + TILE_BYTES, _mm512_permutexvar_epi16(_mm512_and_si512(_mm512_srli_epi16(v, 8), fifteen), table));
+    _mm_prefetch((const char *)q + w->cols * 8, _MM_HINT_T1);               /* this place, 16 rows on */
+    for (int t = 0; t < 2; t++, q++, out += TILE_BYTES) {
+      __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(q));                  /* a byte is a pair: the upper nibble first */
+      __m512i index = _mm512_and_si512(_mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16)), fifteens);
+      _mm_prefetch(out + 128, _MM_HINT_ET0);
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+    }
   }
 }
 
@@ -166,41 +150,23 @@ void TILED(decode_rows)(const wane_qview *w, int64_t n, int64_t count, int64_t k
 }
 
 /* Rows [n, n + count) (zeros up to a multiple of 32) of the low-rank product's factor [N, r], as decode_rows has W's. */
-static void added_rows(const wane_op *op, int64_t n, int64_t count, char *out, int64_t stride) {
-  int64_t r = op->i[WANE_LINEAR_RANK];
+static void added_rows(const job *j, int64_t n, int64_t count, char *out, int64_t stride) {
   for (int64_t i = 0; i < round_up(count, 32); i++)
-    wane_split_row(i < count ? (const float *)op->p[WANE_LINEAR_X] + (n + i) * r : NULL, r, WANE_SPLIT_SECOND, out + i / 16 * stride + i % 16 * 64);
+    wane_split_row(i < count ? (const float *)j->factor + (n + i) * j->rank : NULL, j->rank, WANE_SPLIT_SECOND, out + i / 16 * stride + i % 16 * 64);
 }
 
-/* 32 results of a row that begin at element `at` of a tensor: the first `count` and what lies there already, zeros beyond. */
-WANE_INLINE void add_there(const void *x, int dtype, int64_t at, int64_t count, __m512 *lo, __m512 *hi) {
-  float there[32] = { 0 };
-  for (int64_t j = 0; count < 32 && j < count; j++) there[j] = wane_float_at(x, dtype, at + j);
-  for (int64_t j = 0; count == 32 && j < 32; j += 8) _mm256_storeu_ps(there + j, avx2_load(x, dtype, at + j));
-  *lo = _mm512_add_ps(*lo, _mm512_loadu_ps(there));
-  *hi = _mm512_add_ps(*hi, _mm512_loadu_ps(there + 16));
-}
-
-/* Two panels of 16 tokens of rows [n, n + 32) to y, `onto` what lies where a bias would. c: four tiles. */
-static void put_y(const wane_linear_args *a, const float *c, int64_t m, int64_t n, int onto) {
-  _Alignas(64) float turned[2][16][16], bias[32] = { 0 };
-  int64_t count = least(32, a->N - n);
-  if (a->bias && !onto) for (int64_t i = 0; i < count; i++) bias[i] = wane_linear_bias(a, n + i);
-  __m512 lo = _mm512_loadu_ps(bias), hi = _mm512_loadu_ps(bias + 16);
-  for (int x = 0; x < 2; x++) {
-    int64_t rows = least(16, a->M - m - 16 * x), at = (m + 16 * x) * a->N + n;
-    if (rows <= 0) break;
-    wane_transpose16(c + x * 256, 64, turned[0], 64);
-    wane_transpose16(c + (2 + x) * 256, 64, turned[1], 64);
-    for (int64_t t = 0; t < rows; t++, at += a->N) {
-      __m512 y0 = _mm512_add_ps(_mm512_loadu_ps(turned[0][t]), lo), y1 = _mm512_add_ps(_mm512_loadu_ps(turned[1][t]), hi);
-      if (onto) add_there(a->bias, a->dtype, at, count, &y0, &y1);
-      put_row(a->y, a->dtype, at, y0, y1, count);
-    }
+/* What units of MANY multiply with: rows [n, n + count), tiles [p, p + part) and `more` of the low-rank product's; 32 rows at a time, which are
+ * still near when they are turned. */
+static void take_rows(const job *j, int64_t n, int64_t count, int64_t p, int64_t part, int64_t more, char *out, int64_t stride, float *scales) {
+  for (int64_t i = 0; i < count; i += 32, out += 2 * stride) {
+    int64_t some = least(32, count - i);
+    TILED(decode_rows)(&j->w, n + i, some, p * 32, part * 32, out, stride, scales);
+    if (more) added_rows(j, n + i, some, out + part * TILE_BYTES, stride);
+    for (int s = 0; s < 2 && j->first; s++) turn_tiles(out + s * stride, part + more);
   }
 }
 
-/* ================================================================ backward */
+/* ================================================================ W's columns */
 
 /* What the decoders of two rows at once need: bytes[t] says where the bytes of values 16t to 16t + 15 of two rows (32 bytes each) go: word 2i
  * the first row's, 2i + 1 the second's; shift brings a value's nibble down, top chooses the second row's half of the table; words[t] does with
@@ -279,41 +245,62 @@ void TILED(decode_columns)(const wane_qview *w, int64_t k, int64_t columns, int6
     }
 }
 
-/* Columns [k, k + columns) of the low-rank product's factor [r, K], as decode_columns has W's. */
-static void added_columns(const wane_op *op, int64_t k, int64_t columns, char *out, int64_t stride) {
+/* Columns [first, first + columns) of the low-rank product's factor [r, K], as decode_columns has W's. */
+static void added_columns(const job *j, int64_t first, int64_t columns, char *out, int64_t stride) {
   const __m512i words[2] = { wane_interleave(0, 32), wane_interleave(1, 32) };
-  int64_t r = op->i[WANE_LINEAR_RANK], K = op->n[11];
+  int64_t r = j->rank, K = j->outputs;
   for (int64_t s = 0; s < wane_split_tiles(r) * 32; s += 2)
-    for (int64_t j = 0; j < columns; j += 32) {
+    for (int64_t c = 0; c < columns; c += 32) {
       __m256i parts[2][2][2];                                                /* [of the two rows][half][hi, lo] */
       __m512i row[2];
       for (int64_t l = 0; l < 2; l++) {
         int64_t at = s + l, lo = at >= 2 * r;
         for (int64_t h = 0; h < 2; h++) {
-          int64_t from = k + j + 16 * h, left = at < 3 * r ? K - from : 0;
+          int64_t from = first + c + 16 * h, left = at < 3 * r ? K - from : 0;
           __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-          wane_split16(_mm512_maskz_loadu_ps(there, (const float *)op->p[WANE_LINEAR_BIAS] + at % r * K + from), &parts[l][h][0], &parts[l][h][1]);
+          wane_split16(_mm512_maskz_loadu_ps(there, (const float *)j->factor + at % r * K + from), &parts[l][h][0], &parts[l][h][1]);
         }
         row[l] = _mm512_inserti64x4(_mm512_inserti64x4(_mm512_setzero_si512(), parts[l][0][lo], 0), parts[l][1][lo], 1);
       }
       for (int t = 0; t < 2; t++)
-        _mm512_storeu_si512(out + (j / 16 + t) * stride + s / 32 * TILE_BYTES + s % 32 / 2 * 64, _mm512_permutex2var_epi16(row[0], words[t], row[1]));
+        _mm512_storeu_si512(out + (c / 16 + t) * stride + s / 32 * TILE_BYTES + s % 32 / 2 * 64, _mm512_permutex2var_epi16(row[0], words[t], row[1]));
     }
 }
 
-/* Four tiles, columns [k, k + 32) of dx's rows [m, m + 32): rows 0 to 15, columns 0 to 15 and 16 to 31; rows 16 to 31. */
-static void put_rows(const wane_linear_args *a, const float *c, int64_t m, int64_t k, int onto) {
-  int64_t count = least(32, a->K - k);
-  for (int64_t i = 0; i < least(32, a->M - m); i++) {
-    const float *row = c + i / 16 * 512 + i % 16 * 16;
-    int64_t at = (m + i) * a->K + k;
-    __m512 lo = _mm512_loadu_ps(row), hi = _mm512_loadu_ps(row + 256);
-    if (onto) add_there(a->y, a->dtype, at, count, &lo, &hi);
-    put_row(a->y, a->dtype, at, lo, hi, count);
+/* ================================================================ results */
+
+/* 32 results of a row that begin at element `at` of a tensor: the first `count` and what lies there already, zeros beyond. */
+WANE_INLINE void add_there(const void *x, int dtype, int64_t at, int64_t count, __m512 *lo, __m512 *hi) {
+  float there[32] = { 0 };
+  for (int64_t j = 0; count < 32 && j < count; j++) there[j] = wane_float_at(x, dtype, at + j);
+  for (int64_t j = 0; count == 32 && j < 32; j += 8) _mm256_storeu_ps(there + j, avx2_load(x, dtype, at + j));
+  *lo = _mm512_add_ps(*lo, _mm512_loadu_ps(there));
+  *hi = _mm512_add_ps(*hi, _mm512_loadu_ps(there + 16));
+}
+
+/* Results [o, o + count) of row m, with what is to be added: bias, or what lies there. */
+WANE_INLINE void put(const job *j, int64_t m, int64_t o, int64_t count, __m512 lo, __m512 hi, const __m512 *bias) {
+  int64_t at = m * j->outputs + o;
+  if (j->onto) add_there(j->onto, j->a.dtype, at, count, &lo, &hi);
+  else lo = _mm512_add_ps(lo, bias[0]), hi = _mm512_add_ps(hi, bias[1]);
+  put_row(j->a.y, j->a.dtype, at, lo, hi, count);
+}
+
+/* Four tiles, rows [m, m + 32) of x and results [o, o + 32): with x first the tiles are rows 0 to 15 with results 0 to 15 and 16 to 31, then rows 16 to 31;
+ * otherwise results 0 to 15 with rows 0 to 15 and 16 to 31, each tile to be turned. */
+WANE_INLINE void put_tiles(const job *j, float *c, int64_t m, int64_t o, const int first) {
+  int64_t count = least(32, j->outputs - o), rows = least(32, j->a.M - m), below = first ? 512 : 256, beside = first ? 256 : 512;
+  float values[32] = { 0 };
+  for (int64_t i = 0; i < count && !j->back && !j->onto; i++) values[i] = wane_linear_bias(&j->a, o + i);
+  const __m512 bias[2] = { _mm512_loadu_ps(values), _mm512_loadu_ps(values + 16) };
+  for (int64_t t = 0; t < 4 && !first; t++) if (t % 2 * 16 < rows) turn_tiles((char *)(c + t * TILE_FLOATS), 1);
+  for (int64_t i = 0; i < rows; i++) {
+    const float *row = c + i / 16 * below + i % 16 * 16;
+    put(j, m + i, o, count, _mm512_loadu_ps(row), _mm512_loadu_ps(row + beside), bias);
   }
 }
 
-/* ================================================================ both */
+/* ================================================================ units */
 
 /* How a product is cut into units, by the shapes alone: `outs` outputs (rows of W; backward: its columns) of `rows` rows of x. All of W's share of
  * a unit lies in the scratch, or, beyond PHASE tiles, `phase` tiles at a time with the results kept between. Units are first as wide as the
@@ -352,11 +339,10 @@ static void set_decoded(char *scratch, name now) {
   memcpy(scratch + NAME_AT, &now, sizeof now);
 }
 
-/* A unit: rows [m0, m1) of x times the outputs from o on. w: W's tiles, pairs of rows of tiles `stride` bytes apart, of tiles [p, p + part). */
-WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t tiles, int64_t p,
-                             int64_t part, int back, int onto) {
-  int64_t outputs = back ? a->K : a->N, pairs = (least(cut->outs, outputs - o) + 31) / 32;
-  int64_t run = tiles_of_run(part), phased = cut->phased, in_place = back ? rows_in_place(a) : 0, own = tiles_of_row(back ? a->N : a->K);
+/* A unit: rows [m0, m1) of x times the outputs from o on. w: W's tiles, pairs of rows of tiles `stride` bytes apart, of tiles [p, p + part) of all. */
+WANE_INLINE void unit_panels(const job *j, const cut *cut, const char *w, int64_t stride, int64_t o, int64_t m0, int64_t m1, int64_t p, int64_t part, const int first) {
+  const wane_linear_args *a = &j->a;
+  int64_t tiles = j->own + j->added, pairs = (least(cut->outs, j->outputs - o) + 31) / 32, run = tiles_of_run(part), phased = cut->phased, row = j->width * 2;
   float *kept = (float *)(void *)((char *)wane_scratch() + W_ROOM);       /* [rows / 32 if phased][pairs if there are runs][4][16][16] */
   for (int64_t m = m0; m < m1; m += 32)
     for (int64_t k = 0; k < part; k += run) {
@@ -366,47 +352,45 @@ WANE_INLINE void unit_panels(const wane_linear_args *a, const cut *cut, const ch
         const char *w0 = w + 2 * i * stride + k * TILE_BYTES, *w1 = w0 + stride;
         float *c = kept + ((phased ? (m - m0) / 32 * pairs : 0) + (phased || run < part ? i : 0)) * 1024;
         int64_t steps = least(run, part - k);
-        if (!back) multiply(packed(w0, w1, x0, x1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 1);
-        else if (m >= in_place) multiply(packed(x0, x1, w0, w1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 0);
+        if (!first) multiply(packed(w0, w1, x0, x1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 1);
+        else if (m >= j->in_place) multiply(packed(x0, x1, w0, w1, TILE_BYTES, steps, c), p + k == 0, a->M - m > 16, 0);
         else {
-          int64_t there = own - p - k < 0 ? 0 : least(steps, own - p - k), row = a->N * 2;      /* steps of dy itself; the rest are u's */
-          const char *dy = (const char *)a->x + m * row + (p + k) * 64;
-          tile_product t = packed(dy, dy + 16 * row, w0, w1, TILE_BYTES, there, c);
+          int64_t there = j->own - p - k < 0 ? 0 : least(steps, j->own - p - k);                 /* steps of x itself; the rest are u's */
+          const char *x = (const char *)a->x + m * row + (p + k) * 64;
+          tile_product t = packed(x, x + 16 * row, w0, w1, TILE_BYTES, there, c);
           t.a_row = row; t.a_step = 64;
           t.more0 = x0 + there * TILE_BYTES; t.more1 = x1 + there * TILE_BYTES; t.more = steps - there;
           multiply(t, p + k == 0, 1, 0);
         }
-        if (!last) continue;
-        if (back) put_rows(a, c, m, o + 32 * i, onto); else put_y(a, c, m, o + 32 * i, onto);
+        if (last) put_tiles(j, c, m, o + 32 * i, first);
       }
     }
 }
 
 /* The units of a chunk. */
-WANE_INLINE void units(const wane_op *op, uint32_t chunk, int back) {
-  wane_linear_args a = wane_linear_load(op);
-  wane_qview w = wane_qview_load(op);
-  int64_t outputs = back ? a.K : a.N, tiles = tiles_of_row(back ? a.N : a.K), added = added_tiles(op), lo, hi;
-  cut cut = cut_of(a.M, outputs, tiles, added, back ? BLOCK : 32);
-  int64_t stride = (cut.phase + added + 1) * TILE_BYTES;                   /* one more: powers of two would share few sets of a cache */
+static void units(const wane_op *op, uint32_t chunk, int back) {
+  job j = job_of(op, back);
+  int64_t lo, hi;
+  cut cut = cut_of(j.a.M, j.outputs, j.own, j.added, back ? BLOCK : 32);
+  int64_t stride = (cut.phase + j.added + 1) * TILE_BYTES;                 /* one more: powers of two would share few sets of a cache */
   char *scratch = wane_scratch();
   float *scales = (float *)(void *)(scratch + W_ROOM + KEPT_ROOM);
   wane_op_range(op, chunk, cut.blocks * cut.slices, 1, &lo, &hi);
   if (lo == hi) return;
   wane_tiles_on();
   for (int64_t u = lo; u < hi; u++) {
-    int64_t o = u / cut.slices * cut.outs, m = u % cut.slices * cut.rows, count = least(cut.outs, outputs - o);
+    int64_t o = u / cut.slices * cut.outs, m = u % cut.slices * cut.rows, m1 = least(m + cut.rows, j.a.M), count = least(cut.outs, j.outputs - o);
     name name = { cut.phased ? 0 : op->n[WANE_LINEAR_ID], u / cut.slices };
-    for (int64_t p = 0; p < tiles; p += cut.phase) {
-      int64_t part = least(cut.phase, tiles - p), more = p + part == tiles ? added : 0;
+    for (int64_t p = 0; p < j.own; p += cut.phase) {
+      int64_t part = least(cut.phase, j.own - p), more = p + part == j.own ? j.added : 0;
       if (!is_decoded(scratch, name)) {
-        if (back) TILED(decode_columns)(&w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
-        else TILED(decode_rows)(&w, o, count, p * 32, part * 32, scratch, stride, scales);
-        if (more && back) added_columns(op, o, round_up(count, BLOCK), scratch + part * TILE_BYTES, stride);
-        else if (more) added_rows(op, o, count, scratch + part * TILE_BYTES, stride);
+        if (!back) take_rows(&j, o, count, p, part, more, scratch, stride, scales);
+        else TILED(decode_columns)(&j.w, o, round_up(count, BLOCK), p * 32, part * 32, scratch, stride);
+        if (back && more) added_columns(&j, o, round_up(count, BLOCK), scratch + part * TILE_BYTES, stride);
         set_decoded(scratch, name);
       }
-      unit_panels(&a, &cut, scratch, stride, o, m, least(m + cut.rows, a.M), tiles + added, p, part + more, back, op->i[WANE_LINEAR_ONTO]);
+      if (j.first) unit_panels(&j, &cut, scratch, stride, o, m, m1, p, part + more, 1);
+      else unit_panels(&j, &cut, scratch, stride, o, m, m1, p, part + more, 0);
     }
   }
   wane_tiles_off();
@@ -422,6 +406,7 @@ static void back(const wane_op *op, uint32_t chunk) {
 
 static void tiles_register(wane_backend *b) {
   b->ops[WANE_OP_LINEAR_ADDS] = many;
+  b->ops[WANE_OP_LINEAR_NLL_PACK] = nll_pack;
   for (int group = 0; group < WANE_GROUPS; group++) {
     if (!b->ops[WANE_OP_LINEAR_BACK + group]) continue;                     /* LLM_INT8 has kernels of its own */
     b->ops[WANE_OP_LINEAR_PACK + group] = pack;
