@@ -6,9 +6,6 @@
 #include "../x86/amx.h"
 #include "../x86/transpose16.h"
 
-/* Rows long enough to leave no room for 32 of W in tiles. */
-static int too_long(int64_t stride) { return stride * 32 > WANE_INT8_TILES; }
-
 /* ---------------------------------------------------------------- prepare */
 
 /* x's codes as tiles [M/16][k/64][16 quads of k][16 rows][4], rows padded with zeros to a multiple of 32. */
@@ -19,13 +16,13 @@ static void pack(const wane_op *op, uint32_t chunk) {
   int64_t lo, hi;
   wane_op_range(op, chunk, a.M, 32, &lo, &hi);
   wane_int8_begin_avx2(op, chunk);
-  if (too_long(l.stride)) {
-    wane_int8_quantize_avx2(op, lo, hi, 0, (char *)a.work + l.codes + lo * l.stride);
+  if (wane_int8_too_long(l.stride)) {
+    wane_int8_quantize_avx512(op, lo, hi, (int8_t *)a.work + l.codes + lo * l.stride);
     return;
   }
   for (int64_t m = lo; m < (hi + 31) / 32 * 32; m += 16) {
     int64_t count = m >= hi ? 0 : hi - m < 16 ? hi - m : 16;
-    wane_int8_quantize_avx2(op, m, m + count, 0, rows);
+    wane_int8_quantize_avx512(op, m, m + count, (int8_t *)rows);
     memset(rows + count * l.stride, 0, (size_t)((16 - count) * l.stride));
     char *tiles = (char *)a.work + l.codes + m * l.stride;
     for (int64_t k = 0; k < l.stride; k += 64) wane_transpose16(rows + k, l.stride, tiles + k * 16, 64);
@@ -84,9 +81,9 @@ static void multiply(const wane_int8_layout *l, const char *work, int64_t m, int
 }
 
 static void product(const wane_op *op, uint32_t chunk) {
-  static const wane_int8_kit tiles = { 32, load, multiply, wane_int8_gather_avx2, wane_int8_outliers_avx2, wane_int8_finish_avx2 };
-  static const wane_int8_kit rows = { 6, NULL, wane_int8_multiply_avx512, wane_int8_gather_avx2, wane_int8_outliers_avx2, wane_int8_finish_avx2 };
-  if (too_long(wane_int8_plan(op->n[WANE_LINEAR_M], op->n[11]).stride)) {
+  static const wane_int8_kit tiles = { 32, load, multiply, wane_int8_gather_avx2, wane_int8_outliers_avx512, wane_int8_finish_avx512 };
+  static const wane_int8_kit rows = { 6, NULL, wane_int8_multiply_avx512, wane_int8_gather_avx2, wane_int8_outliers_avx512, wane_int8_finish_avx512 };
+  if (wane_int8_too_long(wane_int8_plan(op->n[WANE_LINEAR_M], op->n[11]).stride)) {
     wane_int8_product(op, chunk, &rows);
     return;
   }

@@ -50,8 +50,8 @@ static float row_scale(const wane_linear_args *a, int64_t m, float *most) {
   return _mm256_movemask_ps(nan) ? NAN : *most;
 }
 
-/* Row m as codes, i16 (wide) or i8; flags: columns to clear, or NULL. */
-static void quantize_row(const wane_linear_args *a, int64_t m, int64_t stride, const uint8_t *flags, int wide, void *codes, float *scale, int32_t *sum) {
+/* Row m as codes; flags: columns to clear, or NULL. */
+static void quantize_row(const wane_linear_args *a, int64_t m, int64_t stride, const uint8_t *flags, int16_t *codes, float *scale, int32_t *sum) {
   float most;
   *scale = row_scale(a, m, &most);
   const __m256 vtop = _mm256_set1_ps(most), vstep = _mm256_set1_ps(most > 0 ? 127.0f / most : 0), inf = _mm256_set1_ps(INFINITY);
@@ -69,14 +69,12 @@ static void quantize_row(const wane_linear_args *a, int64_t m, int64_t stride, c
       }
     }
     total = _mm256_add_epi32(total, q);
-    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    if (wide) _mm_storeu_si128((__m128i *)((int16_t *)codes + k), words);
-    else _mm_storel_epi64((__m128i *)((int8_t *)codes + k), _mm_packs_epi16(words, words));
+    _mm_storeu_si128((__m128i *)(codes + k), _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
   }
   *sum = wane_sum8_i32(total);
 }
 
-void wane_int8_scan_avx2(const wane_op *op, uint32_t chunk) {
+static void scan(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_int8_layout l = wane_int8_plan(a.M, a.K);
   int64_t lo, hi;
@@ -95,22 +93,16 @@ void wane_int8_begin_avx2(const wane_op *op, uint32_t chunk) {
   else memcpy(work + l.count, &none, sizeof none);
 }
 
-void wane_int8_quantize_avx2(const wane_op *op, int64_t lo, int64_t hi, int wide, void *codes) {
+static void quantize(const wane_op *op, uint32_t chunk) {
   wane_linear_args a = wane_linear_load(op);
   wane_int8_layout l = wane_int8_plan(a.M, a.K);
   char *work = a.work;
   const uint8_t *flags = a.threshold > 0 && !op->i[WANE_LINEAR_BY_ROW] ? (uint8_t *)work + l.flags : NULL;
-  for (int64_t m = lo; m < hi; m++)
-    quantize_row(&a, m, l.stride, flags, wide, (char *)codes + (m - lo) * l.stride * (wide ? 2 : 1), (float *)(work + l.scale) + m,
-                 (int32_t *)(work + l.sum) + m);
-}
-
-static void quantize(const wane_op *op, uint32_t chunk) {
-  int64_t M = op->n[WANE_LINEAR_M], lo, hi;
-  wane_int8_layout l = wane_int8_plan(M, op->n[11]);
-  wane_op_range(op, chunk, M, 1, &lo, &hi);
+  int64_t lo, hi;
+  wane_op_range(op, chunk, a.M, 1, &lo, &hi);
   wane_int8_begin_avx2(op, chunk);
-  wane_int8_quantize_avx2(op, lo, hi, 1, (char *)op->p[WANE_LINEAR_WORK] + l.codes + lo * l.stride * 2);
+  for (int64_t m = lo; m < hi; m++)
+    quantize_row(&a, m, l.stride, flags, (int16_t *)(work + l.codes) + m * l.stride, (float *)(work + l.scale) + m, (int32_t *)(work + l.sum) + m);
 }
 
 /* ---------------------------------------------------------------- product */
@@ -194,7 +186,7 @@ void wane_int8_gather_avx2(const int8_t *w, int64_t K, int64_t nb, const int32_t
 }
 
 /* Lanes run over weight rows, rounded up to eight: the buffers have room. */
-void wane_int8_outliers_avx2(const float *x, int64_t count, const float *wo, int64_t nb, float *acc) {
+static void outliers(const float *x, int64_t count, const float *wo, int64_t nb, float *acc) {
   for (int64_t j = 0; j < nb; j += 8) {
     __m256 sum = _mm256_loadu_ps(acc + j);
     for (int64_t o = 0; o < count; o++)
@@ -203,8 +195,7 @@ void wane_int8_outliers_avx2(const float *x, int64_t count, const float *wo, int
   }
 }
 
-void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype,
-                           int64_t nb, void *y, int y_dtype) {
+static void finish(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype, int64_t nb, void *y, int y_dtype) {
   const __m256 s = _mm256_set1_ps(sca);
   for (int64_t j = 0; j < nb; j += 8) {
     int64_t left = nb - j;
@@ -218,12 +209,12 @@ void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const 
 }
 
 static void product(const wane_op *op, uint32_t chunk) {
-  static const wane_int8_kit kit = { 4, NULL, multiply, wane_int8_gather_avx2, wane_int8_outliers_avx2, wane_int8_finish_avx2 };
+  static const wane_int8_kit kit = { 4, NULL, multiply, wane_int8_gather_avx2, outliers, finish };
   wane_int8_product(op, chunk, &kit);
 }
 
 void wane_int8_register_avx2(wane_backend *b) {
-  b->ops[WANE_OP_LINEAR_SCAN + WANE_GROUP_LLM_INT8] = wane_int8_scan_avx2;
+  b->ops[WANE_OP_LINEAR_SCAN + WANE_GROUP_LLM_INT8] = scan;
   b->ops[WANE_OP_LINEAR_PREPARE + WANE_GROUP_LLM_INT8] = b->ops[WANE_OP_LINEAR_PACK + WANE_GROUP_LLM_INT8] = quantize;
   b->ops[WANE_OP_LINEAR_ROWS + WANE_GROUP_LLM_INT8] = b->ops[WANE_OP_LINEAR_MANY + WANE_GROUP_LLM_INT8] = product;
 }

@@ -77,11 +77,22 @@ static void generic_quantize(const wane_op *op, uint32_t chunk) {
 /* Outlier columns gathered at once. */
 enum { OUTLIERS = 1024 };
 
-/* Weight rows a step: as many as stay in half of a small L2 cache, few when they are used only once. */
-static int64_t block_rows(const wane_int8_kit *kit, int64_t M, int64_t K) {
-  int64_t most = M <= 4 ? 16 : WANE_INT8_ROWS, cache = (kit->load ? WANE_INT8_TILES : 192 << 10) / ((K + 63) / 64 * 64);
-  int64_t least = kit->load ? 32 : 8, rows = cache / least * least;
-  return rows < least ? least : rows > most ? most : rows;
+/* How a product is cut, by the shapes alone: blocks of `rows` weight rows, as many as stay in half of a small L2 cache, few when they are used only once;
+ * and, where a block is loaded, slices of x, so that there are some units to share. Chunks take units, or else weight rows. */
+typedef struct cut { int64_t rows, blocks, slices, slice; } cut;
+enum { UNITS_WANTED = 16, UNIT_ROWS = 128 };
+
+static cut cut_of(const wane_int8_kit *kit, int64_t M, int64_t N, int64_t K) {
+  int64_t most = M <= 4 ? 16 : WANE_INT8_ROWS, cache = (kit->load ? WANE_INT8_TILES : 192 << 10) / ((K + 63) / 64 * 64), least = kit->load ? 32 : 8;
+  cut c = { .rows = cache / least * least, .slices = 1 };
+  if (c.rows < least) c.rows = least;
+  if (c.rows > most) c.rows = most;
+  c.blocks = (N + c.rows - 1) / c.rows;
+  if (kit->load) c.slices = (UNITS_WANTED + c.blocks - 1) / c.blocks;
+  if (c.slices > M / UNIT_ROWS) c.slices = M < UNIT_ROWS ? 1 : M / UNIT_ROWS;
+  c.slice = ((M + c.slices - 1) / c.slices + 31) / 32 * 32;
+  c.slices = (M + c.slice - 1) / c.slice;
+  return c;
 }
 
 /* Row m of x in `count` outlier columns; taken a row at a time, ordinary elements there are zero. */
@@ -106,33 +117,39 @@ static void outlier_sums(const wane_op *op, const wane_linear_args *a, const wan
   }
 }
 
-void wane_int8_product(const wane_op *op, uint32_t chunk, const wane_int8_kit *kit) {
-  wane_linear_args a = wane_linear_load(op);
-  wane_int8_layout l = wane_int8_plan(a.M, a.K);
-  const char *work = a.work;
+/* Weight rows [n, n + nb) times rows [m0, m1) of x. */
+static void product_block(const wane_op *op, const wane_linear_args *a, const wane_int8_kit *kit, int64_t n, int64_t nb, int64_t m0, int64_t m1) {
+  wane_int8_layout l = wane_int8_plan(a->M, a->K);
+  const char *work = a->work;
   const int32_t *columns = (const int32_t *)(work + l.columns);
   const float *sca = (const float *)(work + l.scale), *scb = op->p[5];
   char *scratch = wane_scratch();
   int32_t *c = (int32_t *)scratch;                                             /* [kit->rows <= 32][WANE_INT8_ROWS] */
   float *acc = (float *)(scratch + (32 << 10)), *xo = (float *)(scratch + (48 << 10)), *wo = (float *)(scratch + (64 << 10));
   void *tiles = scratch + (64 << 10) + (size_t)OUTLIERS * WANE_INT8_ROWS * 4;
-  int64_t NB = block_rows(kit, a.M, a.K), size = a.dtype == WANE_F32 ? 4 : 2, bias_size = a.bias_dtype == WANE_F32 ? 4 : 2, count, lo, hi;
+  int64_t size = a->dtype == WANE_F32 ? 4 : 2, bias_size = a->bias_dtype == WANE_F32 ? 4 : 2, count, gathered = -1;
+  const int8_t *w = (const int8_t *)op->p[4] + n * a->K;
+  const void *rows = kit->load ? kit->load(w, a->K, nb, tiles) : w, *bias = a->bias ? (const char *)a->bias + n * bias_size : NULL;
   memcpy(&count, work + l.count, sizeof count);
-  wane_op_range(op, chunk, a.N, 16, &lo, &hi);
-  for (int64_t n = lo; n < hi; n += NB) {
-    int64_t nb = hi - n < NB ? hi - n : NB, gathered = -1;
-    const int8_t *w = (const int8_t *)op->p[4] + n * a.K;
-    const void *rows = kit->load ? kit->load(w, a.K, nb, tiles) : w;
-    const void *bias = a.bias ? (const char *)a.bias + n * bias_size : NULL;
-    for (int64_t m = 0; m < a.M; m += kit->rows) {
-      int mr = a.M - m < kit->rows ? (int)(a.M - m) : kit->rows;
-      kit->multiply(&l, work, m, mr, rows, a.K, nb, c);
-      for (int i = 0; i < mr; i++) {
-        if (count) outlier_sums(op, &a, kit, columns, count, m + i, w, nb, &gathered, xo, wo, acc);
-        kit->finish(c + i * WANE_INT8_ROWS, sca[m + i], count ? acc : NULL, scb + n, bias, a.bias_dtype, nb,
-                    (char *)a.y + ((m + i) * a.N + n) * size, a.dtype);
-      }
+  for (int64_t m = m0; m < m1; m += kit->rows) {
+    int mr = m1 - m < kit->rows ? (int)(m1 - m) : kit->rows;
+    kit->multiply(&l, work, m, mr, rows, a->K, nb, c);
+    for (int i = 0; i < mr; i++) {
+      if (count) outlier_sums(op, a, kit, columns, count, m + i, w, nb, &gathered, xo, wo, acc);
+      kit->finish(c + i * WANE_INT8_ROWS, sca[m + i], count ? acc : NULL, scb + n, bias, a->bias_dtype, nb, (char *)a->y + ((m + i) * a->N + n) * size, a->dtype);
     }
+  }
+}
+
+void wane_int8_product(const wane_op *op, uint32_t chunk, const wane_int8_kit *kit) {
+  wane_linear_args a = wane_linear_load(op);
+  cut c = cut_of(kit, a.M, a.N, a.K);
+  int64_t lo, hi;
+  wane_op_range(op, chunk, kit->load ? c.blocks * c.slices : a.N, kit->load ? 1 : 16, &lo, &hi);
+  for (int64_t n = lo; n < hi && !kit->load; n += c.rows) product_block(op, &a, kit, n, hi - n < c.rows ? hi - n : c.rows, 0, a.M);
+  for (int64_t u = lo; u < hi && kit->load; u++) {
+    int64_t n = u / c.slices * c.rows, m = u % c.slices * c.slice, nb = a.N - n < c.rows ? a.N - n : c.rows;
+    product_block(op, &a, kit, n, nb, m, a.M - m < c.slice ? a.M : m + c.slice);
   }
 }
 

@@ -64,6 +64,8 @@ typedef struct wane_int8_kit {
   void (*finish)(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype, int64_t nb, void *y, int y_dtype);
 } wane_int8_kit;
 enum { WANE_INT8_TILES = 928 << 10 };
+/* Rows long enough to leave no room for 32 of W in tiles. */
+static inline int wane_int8_too_long(int64_t stride) { return stride * 32 > WANE_INT8_TILES; }
 
 /* The product of one chunk with a kit's pieces. */
 void wane_int8_product(const wane_op *op, uint32_t chunk, const wane_int8_kit *kit);
@@ -71,15 +73,14 @@ void wane_int8_product(const wane_op *op, uint32_t chunk, const wane_int8_kit *k
 void wane_int8_columns(const uint8_t *flags, int64_t K, int32_t *columns, int64_t *count);
 
 /* ---- pieces that other levels use too ---- */
-void wane_int8_scan_avx2(const wane_op *op, uint32_t chunk);
-/* Rows [lo, hi) of the op's x into codes, i16 (wide) or i8, the layout's stride apart; scales and sums into the workspace. */
-void wane_int8_quantize_avx2(const wane_op *op, int64_t lo, int64_t hi, int wide, void *codes);
 /* What PREPARE does before its rows: scans if told to, lists the columns (chunk 0). */
 void wane_int8_begin_avx2(const wane_op *op, uint32_t chunk);
 void wane_int8_gather_avx2(const int8_t *w, int64_t K, int64_t nb, const int32_t *columns, int64_t count, float *out);
-void wane_int8_outliers_avx2(const float *x, int64_t count, const float *wo, int64_t nb, float *acc);
-void wane_int8_finish_avx2(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype,
-                           int64_t nb, void *y, int y_dtype);
+/* Rows [lo, hi) of the op's x into codes, the layout's stride apart; scales and sums into the workspace. */
+void wane_int8_quantize_avx512(const wane_op *op, int64_t lo, int64_t hi, int8_t *codes);
+void wane_int8_outliers_avx512(const float *x, int64_t count, const float *wo, int64_t nb, float *acc);
+void wane_int8_finish_avx512(const int32_t *c, float sca, const float *acc, const float *scb, const void *bias, int bias_dtype,
+                             int64_t nb, void *y, int y_dtype);
 void wane_int8_multiply_avx512(const wane_int8_layout *l, const char *work, int64_t m, int mr, const void *w, int64_t K, int64_t nb, int32_t *c);
 
 /* ---- slots ---- */

@@ -101,6 +101,39 @@ describe("LLM.int8() at every level", function()
     end)
   end
 
+  for _, dtype in ipairs { "f32", "bf16", "f16" } do
+    it(dtype .. ": the reference's bits for rows with NaN, infinities and zeros, with a bias, few rows and many", function()
+      local r = s.random(77)
+      local N, K = 70, 101
+      local w, bias = random_weight(r, N, K), s.tensor("f32", { N }, s.activations(r, 1, N))
+      for _, M in ipairs { 5, 67, 130 } do
+        local x = s.activations(r, M, K, { 2 })
+        x[3], x[K + 9], x[2 * K + 100] = 0 / 0, math.huge, -math.huge
+        for k = 0, K - 1 do x[3 * K + k] = 0 end
+        local t = s.tensor("f32", { M, K }, x)
+        if dtype ~= "f32" then
+          local half = ffi.new "wane_handle"
+          s.core.check(C.wane_dequantize(s.core.stream(), half, t, s.core.dtype(dtype)))
+          t = half
+        end
+        local function number(v) return dtype == "f32" and v or s.half(dtype, v) end
+        for _, threshold in ipairs { 0, 6 } do
+          local function run() return s.linear(t, w, bias, C.WANE_COMPUTE_F32, threshold) end
+          local want, n = s.at_level(0, run)
+          s.at_levels(function(level)
+            local got = run()
+            local wrong
+            for i = 0, n - 1 do
+              local a, b = number(got[i]), number(want[i])
+              if a ~= b and (a == a or b == b) then wrong = wrong or i end   -- one NaN is as good as another
+            end
+            assert.is_nil(wrong, ("%s: M %d threshold %g, the first element that differs"):format(level, M, threshold))
+          end)
+        end
+      end
+    end)
+  end
+
   it("gives [0, N] for no rows", function()
     local w = random_weight(s.random(3), 7, 12)
     local _, n = s.linear(s.tensor("f32", { 0, 12 }, nil), w, nil, 0, 6)

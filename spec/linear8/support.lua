@@ -154,9 +154,10 @@ function M.same_bits(a, b, n)
   return ffi.string(a, ffi.sizeof(a)) == ffi.string(b, ffi.sizeof(b))
 end
 
+local box = ffi.new "union { uint32_t u; float f; }"                         -- one: each such text would declare a type of its own
+
 --- A 16-bit float of either kind as a number.
 function M.half(dtype, u)
-  local box = ffi.new "union { uint32_t u; float f; }"
   if dtype == "bf16" then
     box.u = u * 65536
     return box.f
