@@ -239,9 +239,14 @@ static void weigh_row(const attention_block *a, float *s, int64_t r) {
   for (int j = 0; j < KEYS; j += VW) m = vf_max(m, vf_load(s + j));
   float old = a->max[r], now = vf_hmax(m);
   if (!(now > old)) now = old;
-  if (now == -__builtin_inff()) {                     /* nothing seen yet */
-    memset(s, 0, KEYS * sizeof *s);
-    return;
+  if (now == -__builtin_inff()) {                     /* nothing seen yet, or NaN alone, which no maximum shows */
+    int unknown = 0;
+    for (int j = 0; j < KEYS; j++) unknown |= s[j] != s[j];
+    if (!unknown) {
+      memset(s, 0, KEYS * sizeof *s);
+      return;
+    }
+    now = 0.0f;
   }
   m = vf_set1(now);
   vf total = vf_zero();

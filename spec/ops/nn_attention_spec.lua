@@ -164,6 +164,33 @@ describe("attention", function()
     for _, v in ipairs(run(c, inputs(c))) do assert.equal(0, v) end
   end)
 
+  for _, T in ipairs { 1, 5, 150 } do
+    it(("does not make numbers of what is none: %d rows with NaN in a query or in every key they see"):format(T), function()
+      for _, q_dtype in ipairs { C.WANE_F32, C.WANE_BF16 } do
+        local c = { B = 1, T = T, H = 2, KV = 2, D = 16, keys = 200, q_start = 200 - T, q_dtype = q_dtype, dtype = q_dtype, causal = true }
+        for _, where in ipairs { "query", "keys" } do
+          local x, nan = inputs(c), 0 / 0
+          if where == "query" then for d = 1, 16 do x.q[(T - 1) * 32 + d] = nan end                    -- head 0 of the last row
+          else for i = 1, 200 * 16 do x.k[i] = nan end end                                             -- head 0's
+          x.tq, x.tk = S.tensor(x.q, { 1, T, 2, 16 }, q_dtype), S.tensor(x.k, { 1, 2, 200, 16 }, q_dtype)
+          for _, softcap in ipairs { 0, 20 } do
+            c.softcap = softcap
+            S.each_level(function(level)
+              local out = run(c, x)
+              for t = 0, T - 1 do
+                for h = 0, 1 do
+                  local v = out[(t * 2 + h) * 16 + 3]
+                  local none = h == 0 and (where == "keys" or t == T - 1)
+                  assert.equal(none, v ~= v, ("level %d, %s, softcap %g: row %d of head %d is %s"):format(level, where, softcap, t, h, v))
+                end
+              end
+            end)
+          end
+        end
+      end
+    end)
+  end
+
   it("ignores what lies in the cache behind kv_length", function()
     local c = { B = 1, T = 2, H = 2, KV = 1, D = 8, keys = 5, capacity = 9 }
     local x = inputs(c)
