@@ -7,7 +7,10 @@
  * works in three ways at once: it cancels the streams that Lua registered with on_interrupt (a generation ends at its next
  * token), it ends wait() (a load ends at its next look), and it arms a count hook, which stops interpreted code after a while:
  * long enough for the library's own bookkeeping to see the cancellation first. A second ctrl-C stops interpreted code at once. The
- * last one (limit) has the default effect, for a program that does none of this. */
+ * last one (limit) has the default effect, for a program that does none of this.
+ *
+ * SIGTERM and SIGHUP keep their default effect but while the program is patient: then they are noted like a first ctrl-C. However
+ * often they come: timeout sends its signal twice, a closing terminal's shell may too; SIGKILL is for who will not wait. */
 #include "terminal.h"
 
 #include <errno.h>
@@ -34,6 +37,7 @@ static volatile sig_atomic_t target_count;
 static volatile sig_atomic_t interrupts;      /* ctrl-C since the last clear */
 static volatile sig_atomic_t interrupt_limit = 2;
 static volatile sig_atomic_t patience;        /* ctrl-C is only noted: the program asks interrupted() and ends what it does in order */
+static volatile sig_atomic_t ending;          /* SIGTERM or SIGHUP that came while patient, 0: none */
 static volatile sig_atomic_t resized;
 static lua_State *hooked_state;
 static pthread_t main_thread;
@@ -68,6 +72,22 @@ static void on_sigint(int number) {
   errno = saved;
 }
 
+static void on_ending(int number) { ending = number; }
+
+/* Notes SIGTERM and SIGHUP, or gives them their default effect back. One that was ignored from the start (nohup) stays so. */
+static void note_endings(bool note) {
+  const int numbers[] = { SIGTERM, SIGHUP };
+  for (int i = 0; i < 2; i++) {
+    struct sigaction action;
+    if (sigaction(numbers[i], NULL, &action) != 0 || action.sa_handler == SIG_IGN) continue;
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = note ? on_ending : SIG_DFL;
+    action.sa_flags = SA_RESTART;             /* nothing waits for them: what is being written must not fail */
+    sigaction(numbers[i], &action, NULL);
+  }
+}
+
 static void on_sigwinch(int number) {
   (void)number;
   resized = 1;
@@ -88,6 +108,7 @@ void terminal_catch_interrupts(lua_State *L) {
 void terminal_release_interrupts(void) {
   restore_terminal();
   signal(SIGINT, SIG_DFL);
+  note_endings(false);
 }
 
 /* on_interrupt(function, object): both addresses as numbers (47 bits fit a double); calls function(object) in the signal handler,
@@ -108,21 +129,27 @@ static int l_on_interrupt(lua_State *L) {
   return 1;
 }
 
-/* interrupted(): whether ctrl-C was pressed since the last clear_interrupt(). */
+/* interrupted(): the number of the signal that asks the program to end (ctrl-C: SIGINT; while patient SIGTERM and SIGHUP too), or false
+ * if none came since the last clear_interrupt(). */
 static int l_interrupted(lua_State *L) {
-  lua_pushboolean(L, interrupts > 0);
+  if (interrupts > 0) lua_pushinteger(L, SIGINT);
+  else if (ending) lua_pushinteger(L, ending);
+  else lua_pushboolean(L, 0);
   return 1;
 }
 
 static int l_clear_interrupt(lua_State *L) {
   lua_sethook(L, NULL, 0, 0);
   interrupts = 0;
+  ending = 0;
   return 0;
 }
 
-/* patient(flag): while set, a ctrl-C neither cancels streams nor stops Lua code; interrupted() tells. The one after it (limit) ends the program. */
+/* patient(flag): while set, a ctrl-C neither cancels streams nor stops Lua code, and SIGTERM and SIGHUP do not end the program; interrupted()
+ * tells. The ctrl-C after it (limit) ends the program. */
 static int l_patient(lua_State *L) {
   patience = lua_toboolean(L, 1);
+  note_endings(patience);
   return 0;
 }
 

@@ -9,7 +9,7 @@ int luaopen_wane_terminal(lua_State *L);
 /* Installs the program's SIGINT handler for this Lua state. */
 void terminal_catch_interrupts(lua_State *L);
 
-/* Gives ctrl-C its default effect back: call it before the state, and the streams to cancel, go away. */
+/* Gives ctrl-C, SIGTERM and SIGHUP their default effect back: call it before the state, and the streams to cancel, go away. */
 void terminal_release_interrupts(void);
 
 #endif

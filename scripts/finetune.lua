@@ -155,8 +155,10 @@ local function train(model, tok, args, save)
   clear()
   local written, message = save()
   cli.check(written, ("the result was not written to '%s': %s"):format(args.out, tostring(message)))
+  cli.patient(false)
+  result.signal = cli.interrupted()
   for _, r in ipairs(result.records) do if r.eval_loss and r.step == result.steps then result.after = r end end       -- looked at just now
-  if result.stopped == "cancelled" then cli.note "interrupted: saved, and what is held out was not looked at again"
+  if result.signal then cli.note "interrupted: saved, and what is held out was not looked at again"
   elseif not result.after then result.after = evaluate() end
   result.before, result.rows, result.held_out = before, rows, held_out
   return result
@@ -202,8 +204,8 @@ cli.run(parser, function(args)
     peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,
     perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }
   if args.json then cli.json(report) else tell(result, report, args) end
-  if result.stopped == "cancelled" then                                      -- a script should not take this for a whole run
+  if result.signal then                                                      -- a script should not take this for a whole run
     io.stdout:flush()
-    os.exit(130)
+    os.exit(128 + result.signal)
   end
 end)

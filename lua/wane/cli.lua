@@ -14,7 +14,8 @@
 --      if args.json then cli.json { text = text, ids = ids } end
 --    end)
 --
--- Status 0 is success, 1 a failure (one line on stderr), 2 wrong usage, 130 ctrl-C. Only results go to stdout.
+-- Status 0 is success, 1 a failure (one line on stderr), 2 wrong usage, 130 ctrl-C (143 and 129: SIGTERM and SIGHUP, also where a command
+-- ends in order by them). Only results go to stdout.
 -- @module wane.cli
 local ffi = require "ffi"
 local argparse = require "argparse"
@@ -26,6 +27,7 @@ ffi.cdef "int isatty(int); int ferror(void *);"
 local program = "wane"                                  -- "wane generate" once a parser was made
 local terminal = package.preload["wane.terminal"] and require "wane.terminal"   -- only inside bin/wane
 local active_progress                                   -- the progress line on the screen now, or nil
+local patient = false                                   -- signals are noted, and break nothing
 
 -- ---------------------------------------------------------------- usage and errors
 
@@ -52,15 +54,16 @@ function M.parser(name, description)
   return parser
 end
 
---- Ends the program with a message on stderr and status 1 (after ctrl-C: 130, whatever it broke).
+--- Ends the program with a message on stderr and status 1 (after ctrl-C, but for a patient command: 130, whatever it broke).
 -- @param message string a format, with its arguments
 function M.fail(message, ...)
   if active_progress then active_progress:clear() end
   if select("#", ...) > 0 then message = message:format(...) end
   io.stdout:flush()
-  if M.interrupted() then
+  local signal = not patient and M.interrupted()
+  if signal then
     io.stderr:write(program, ": interrupted\n")
-    os.exit(130)
+    os.exit(128 + signal)
   end
   io.stderr:write(program, ": ", message, "\n")
   os.exit(1)
@@ -111,15 +114,18 @@ function M.run(parser, body)
   flush_stdout()                                        -- of what print() left
 end
 
---- Whether ctrl-C was pressed (inside bin/wane; plain luajit ends by itself).
--- @return boolean
+--- The signal that asks the command to end: ctrl-C, in a patient command SIGTERM and SIGHUP too (inside bin/wane; plain luajit ends by itself).
+-- @return integer|boolean its number (2, 15, 1), or false
 function M.interrupted()
   return terminal ~= nil and terminal.interrupted()
 end
 
---- From here on a first ctrl-C is only noted (M.interrupted): the command ends what it is doing in order; a second one ends the program.
-function M.patient()
-  if terminal then terminal.patient(true) end
+--- From here on a first ctrl-C, SIGTERM and SIGHUP are only noted (M.interrupted): the command ends what it is doing in order; a second ctrl-C
+-- ends the program.
+-- @param flag boolean|nil false: they have their usual effects again
+function M.patient(flag)
+  patient = flag ~= false
+  if terminal then terminal.patient(patient) end
 end
 
 --- After an error that ctrl-C caused and the command survives: waits for what was cancelled and forgets the ctrl-C.

@@ -176,13 +176,34 @@ describe("wane finetune", function()
     print(("  killed %d times, the same bits in the end"):format(killed))
   end)
 
-  it("saves and leaves on ctrl-C", function()
+  -- timeout sends its signal to its child and to the child's group: twice, but for ctrl-C, whose second one would end the program.
+  for signal, expected in pairs { ["--foreground -s INT"] = 130, ["-s TERM"] = 143, ["-s HUP"] = 129 } do
+    it("ends the running update, saves and leaves with the signal's status: " .. signal, function()
+      if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
+      local dir = folder()
+      local out, err, status = run(("timeout --preserve-status %s 1 %s --max-steps 100000 --eval-data %s --json --out %s"):format(signal, base, rows_path, dir))
+      assert.equal(expected, status, err)
+      assert.matches("interrupted: saved, and what is held out was not looked at again", err)
+      local _, step = require("wane.train.saves").latest(dir)
+      assert.equal(cjson.decode(out).steps, step)
+      assert.is_true(require("wane.lora").is_adapter(dir))
+    end)
+  end
+
+  it("does not end by a SIGHUP that its parent had it ignore (nohup)", function()
     if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
     local dir = folder()
-    local _, err, status = run(("timeout --foreground --preserve-status -s INT 1.5 %s --max-steps 100000 --out %s"):format(base, dir))
-    assert.equal(130, status, err)
-    local _, step = require("wane.train.saves").latest(dir)
-    assert.is_truthy(step)
-    assert.is_true(require("wane.lora").is_adapter(dir))
+    local _, err, status = run(("timeout --preserve-status -s HUP -k 0.5 1 sh -c 'trap \"\" HUP; exec %s --max-steps 100000 --out %s'"):format(base, dir))
+    assert.equal(137, status, err)
+    assert.is_nil(require("wane.train.saves").latest(dir))
+  end)
+
+  it("tells an error that comes behind a signal", function()
+    if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
+    local dir = folder()
+    local _, err, status = run(("( sleep 1; mkdir -p %s/adapter_config.json/x ) & timeout --preserve-status -s TERM 1.5 %s --max-steps 100000 --out %s"):format(
+      dir, base, dir))
+    assert.equal(1, status)
+    assert.matches("the result was not written to", err)
   end)
 end)
