@@ -132,6 +132,18 @@ local function open_rows(path, tok, model, args)
     bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size }))
 end
 
+-- What the trainer is told. --out is held by then, until the result is in it.
+local function run_options(args, rows)
+  return {
+    lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
+    epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
+    schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
+    checkpointing = args.checkpointing or false, out = args.out, held = true, save_every = args.save_every, save_total_limit = args.save_total_limit,
+    resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_every = args.eval_every, patience = args.patience,
+    cancelled = cli.interrupted, fingerprint = fingerprint(args, rows),
+  }
+end
+
 -- Trains, writes the result, and only then looks at what was held out once more.
 local function train(model, tok, args, save)
   local wane, rows = require "wane", open_rows(args.data, tok, model, args)
@@ -139,22 +151,18 @@ local function train(model, tok, args, save)
   local pad = tok and tok.pad_id or 0
   local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
   local before = not args.resume and evaluate() or nil
-  local draw, clear = live(args)
-  cli.check(wane.core.C.wane_path_make(args.out) >= 0 or nil,
-    ("cannot make the folder '%s': expected a place that can be written, and no file of that name"):format(args.out))
+  local options, draw, clear = run_options(args, rows), live(args)
+  options.eval_rows, options.pad, options.on_update = args.eval_every and held_out, pad, draw
   cli.patient()
-  local result = cli.check(wane.train.run(model, rows, {
-    lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
-    epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
-    schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
-    checkpointing = args.checkpointing or false, out = args.out, save_every = args.save_every,
-    save_total_limit = args.save_total_limit, resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_rows = args.eval_every and held_out,
-    eval_every = args.eval_every, patience = args.patience, pad = pad, cancelled = cli.interrupted, on_update = draw,
-    fingerprint = fingerprint(args, rows),
-  }))
-  clear()
-  local written, message = save()
-  cli.check(written, ("the result was not written to '%s': %s"):format(args.out, tostring(message)))
+  local result = cli.check(wane.train.saves.holding(args.out, function()
+    local result, message = wane.train.run(model, rows, options)
+    if not result then return nil, message end
+    clear()
+    local written
+    written, message = save()
+    if not written then return nil, ("the result was not written to '%s': %s"):format(args.out, tostring(message)) end
+    return result
+  end))
   cli.patient(false)
   result.signal = cli.interrupted()
   for _, r in ipairs(result.records) do if r.eval_loss and r.step == result.steps then result.after = r end end       -- looked at just now

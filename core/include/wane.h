@@ -634,6 +634,16 @@ WANE_API int wane_path_stat(const char *path, uint64_t *bytes, int64_t *changed)
  * `names` if that is at most `room` (names may be NULL for room 0). */
 WANE_API int64_t wane_path_list(const char *path, char *names, int64_t room);
 
+/* A file that one holder at a time has: made at `path` where it is not there, removed when it is let go. The lock is the kernel's (flock): that of
+ * a process that was killed is free at once. On a file system that knows no locks everybody gets it. */
+typedef struct wane_lock wane_lock;
+/* Takes it, on a job. Where another has it for `patience` nanoseconds more, the job fails: WANE_E_TIMEOUT, and the message names the holder. */
+WANE_API int wane_lock_open(wane_job **out, const char *path, int64_t patience);
+/* The lock that a finished job took, once; the caller owns it. WANE_PENDING while the job runs, the job's status if it failed. */
+WANE_API int wane_lock_take(wane_job *job, wane_lock **out);
+/* Lets go, and removes the file (not in a child of fork). NULL is a no-op. */
+WANE_API void wane_lock_free(wane_lock *l);
+
 /* ================================================================ 12. Text (core/text)
  *
  * A tokenizer is opened by a job, which reads the large tables (tokens, merges, added tokens) of a tokenizer.json or of a GGUF file's

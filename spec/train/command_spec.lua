@@ -198,6 +198,22 @@ describe("wane finetune", function()
     assert.is_nil(require("wane.train.saves").latest(dir))
   end)
 
+  it("refuses a folder in which another run is at work, and resumes at once when that one is killed", function()
+    if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
+    local dir = folder()
+    local script = assert(io.open(dir .. "/script", "w"))
+    local command = ("%s --max-steps 100000 --save-every 2 --save-total-limit 2 --out %s/run"):format(base, dir)
+    script:write(("%s & pid=$!\n"):format(command), ("while [ ! -d %s/run/checkpoint-* ]; do sleep 0.05; done\n"):format(dir),
+      ("%s --resume; echo refused $? $pid\n"):format(command), "kill -9 $pid\n",
+      ("timeout --preserve-status -s TERM 1 %s --resume; echo resumed $?\n"):format(command))
+    script:close()
+    local out, err = run("sh " .. dir .. "/script")
+    local refused, pid = out:match "refused (%d+) (%d+)"
+    assert.equal("1", refused, err)
+    assert.matches(("another run is at work in '%s/run': .* is held by process %s on "):format(dir:gsub("%p", "%%%0"), pid), err)
+    assert.matches("resumed 143", out)
+  end)
+
   it("tells an error that comes behind a signal", function()
     if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
     local dir = folder()

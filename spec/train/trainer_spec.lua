@@ -216,6 +216,50 @@ describe("a checkpoint", function()
   end)
 end)
 
+describe("a run's folder", function()
+  local patience = saves.patience
+  setup(function() saves.patience = 0.1 end)
+  teardown(function() saves.patience = patience end)
+
+  it("is held by one at a time, made where it is missing, and gone where nothing came of it", function()
+    local dir = folder() .. "/a/b"
+    local function nested() return saves.holding(dir, function() return true end) end
+    local ok, message, code = saves.holding(dir, nested)
+    assert.is_nil(ok)
+    assert.matches("another run is at work in '.*/a/b': '.*/a/b/.lock' is held by process %d+ on .", message)
+    assert.equal("busy", code)
+    assert.is_false(paths.is_folder((dir:gsub("/b$", ""))))
+    assert.error_matches(function() saves.holding(dir, function() error("inside", 0) end) end, "^inside$")
+    local function writes()
+      write(dir .. "/result", "x")
+      return 1, 2
+    end
+    assert.same({ 1, 2 }, { saves.holding(dir, writes) })
+    assert.same({ "result" }, paths.list(dir))                            -- the lock is gone
+    write(dir .. "/.lock", "1 on a machine that is off")                  -- of a run that was killed
+    assert.is_true(nested())
+    assert.same({ "result" }, paths.list(dir))
+    assert.matches("cannot write in the folder '.*/result/x'", select(2, saves.holding(dir .. "/result/x", nested)))
+  end)
+
+  it("held by a run is refused to another, which leaves alone what is being written", function()
+    local model, dir = adapted(), folder()
+    local part = dir .. "/.best.part"
+    os.execute("mkdir " .. part)
+    local o = with { out = dir, max_steps = 1 }
+    saves.holding(dir, function()
+      local ok, message, code = wane.train.run(model, open(), o)
+      assert.is_nil(ok, message)
+      assert.equal("busy", code)
+      assert.is_true(paths.is_folder(part))
+    end)
+    o.held = true
+    assert.equal(1, saves.holding(dir, function() return assert(wane.train.run(model, open(), o)).steps end))
+    assert.is_false(paths.is_folder(part))
+    model:close()
+  end)
+end)
+
 describe("a run that fails", function()
   -- Row 30 of 40 is broken: with rows in their order, update 4 (of batches of 4, two an update) meets it.
   local function broken_rows()

@@ -21,7 +21,8 @@ local M = { data = require "wane.train.data", batches = batches, curve = require
 local defaults = { lr = 5e-5, schedule = "linear", warmup_steps = 0, epochs = 3, batch_size = 8, accumulate = 1, clip = 1.0, optim = "adamw",
   weight_decay = 0, seed = 42, shuffle = true, packing = false, group_by_length = false, checkpointing = false, resume = false }
 local others = { max_steps = 1, out = 1, log = 1, save_every = 1, save_total_limit = 1, eval_rows = 1, eval_every = 1, patience = 1, cancelled = 1,
-  on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, max_length = 1, drop_last = 1, fingerprint = 1 }
+  on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, max_length = 1, drop_last = 1, fingerprint = 1,
+  held = 1 }
 -- Options that a resumed run must share with the one it goes on from.
 local same = { "lr", "schedule", "warmup_steps", "batch_size", "accumulate", "clip", "optim", "weight_decay", "seed", "shuffle", "packing", "group_by_length",
   "total_steps", "fingerprint" }
@@ -298,21 +299,8 @@ end
 
 -- ---------------------------------------------------------------- the run
 
---- Trains what the model's leaves are.
--- @param model wane.Model
--- @param rows wane.Rows see wane.train.data
--- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
---   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
---   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
---   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
---   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
---   fingerprint = any text that a resumed run must share }
--- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
---   records = the log's, finished = true where a resumed run had no update left }, string|nil message; an error raised by a later update leaves a
---   checkpoint of the one before it in `out`
-function M.run(model, rows, given)
-  local o = options_of(given)
-  if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
+-- The run itself; `out` is held.
+local function run(model, rows, o)
   local self = set_up(model, rows, o)
   if o.out then saves.sweep(o.out) end
   local earlier = o.out and not o.resume and saves.latest(o.out)
@@ -340,6 +328,25 @@ function M.run(model, rows, given)
   return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
     tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stopped = stopped, records = records,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
+end
+
+--- Trains what the model's leaves are.
+-- @param model wane.Model
+-- @param rows wane.Rows see wane.train.data
+-- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
+--   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
+--   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
+--   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
+--   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
+--   fingerprint = any text that a resumed run must share, held = true where the caller holds `out` already (wane.train.saves.holding) }
+-- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
+--   records = the log's, finished = true where a resumed run had no update left }, string|nil message; an error raised by a later update leaves a
+--   checkpoint of the one before it in `out`
+function M.run(model, rows, given)
+  local o = options_of(given)
+  if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
+  if not o.out or o.held then return run(model, rows, o) end
+  return saves.holding(o.out, function() return run(model, rows, o) end)
 end
 
 return M

@@ -6,16 +6,67 @@
 --     checkpoint-N/trainer_state.json                                 step, data position, best result, the run's options
 --
 -- and best/, the same without the optimizer's and the trainer's. A folder is written as .NAME.part and renamed when it is whole, and renamed to .NAME.old
--- before its files go; what a kill leaves behind is swept by the next run.
+-- before its files go; what a kill leaves behind is swept by the next run. One run at a time holds the folder, by the lock of DIR/.lock.
 -- @module wane.train.saves
 local cjson = require "cjson"
+local ffi = require "ffi"
+local core = require "wane.core"
 local json = require "wane.checkpoint.json"
 local paths = require "wane.checkpoint.paths"
 local serialize = require "wane.serialize"
 local writer = require "wane.checkpoint.writer"
-local C = require("wane.core").C
+local C = core.C
 
-local M = {}
+--- `patience` is how many seconds holding() waits for a folder: a run killed just now holds its own until the kernel has freed its memory.
+local M = { patience = 3 }
+
+-- ---------------------------------------------------------------- one run a folder
+
+-- The folders of a path that are not there yet, the deepest first.
+local function missing(dir)
+  local list, at = {}, dir:gsub("(.)/+$", "%1")
+  while at ~= "" and C.wane_path_kind(at) == C.WANE_PATH_NONE do
+    list[#list + 1] = at
+    at = at:match "^(.*[^/])/+[^/]*$" or ""
+  end
+  return list
+end
+
+-- Waits for the lock of dir/.lock: the lock, or nil, message, code.
+local function take(dir)
+  local job, box = ffi.new "wane_job *[1]", ffi.new "wane_lock *[1]"
+  local status = C.wane_path_make(dir)
+  if status >= 0 then status = C.wane_lock_open(job, dir .. "/.lock", M.patience * 1e9) end
+  if status >= 0 then
+    local handle = ffi.gc(job[0], C.wane_job_free)
+    status = core.wait_job(handle)
+    if status >= 0 then status = C.wane_lock_take(handle, box) end
+  end
+  if status >= 0 then return ffi.gc(box[0], C.wane_lock_free) end
+  local message = ffi.string(C.wane_error())
+  if status ~= C.WANE_E_TIMEOUT then return nil, ("cannot write in the folder '%s': %s"):format(dir, message), "io" end
+  return nil, ("another run is at work in '%s': %s. Wait for its end, or choose another folder"):format(dir, message), "busy"
+end
+
+--- Holds a run's folder while fn runs: no other run can until then, or until this process ends, however it does. The folder is made where it is not
+-- there, and goes again where fn left nothing in it. Waits for `patience` seconds where another run has it.
+-- @param dir string
+-- @param fn function()
+-- @return what fn returns; or nil, message, code: "busy" where another run has the folder, "io" where it cannot be written
+function M.holding(dir, fn)
+  local made = missing(dir)
+  local lock, message, code = take(dir)
+  local function finish(ok, ...)
+    if lock then C.wane_lock_free(ffi.gc(lock, nil)) end
+    for _, path in ipairs(made) do if not os.remove(path) then break end end        -- refused where something is in it
+    if not ok then error((...), 0) end
+    return ...
+  end
+  if not lock then return finish(true, nil, message, code) end
+  return finish(pcall(fn))
+end
+
+-- ---------------------------------------------------------------- folders
 
 local function remove_folder(dir)
   for _, name in ipairs(paths.list(dir)) do os.remove(dir .. "/" .. name) end
