@@ -135,6 +135,20 @@ describe("wane finetune", function()
     assert.matches("/nowhere.jsonl", err)
   end)
 
+  it("leaves nothing where it does not begin", function()
+    local parent = folder()
+    local dir, bad = parent .. "/a/b", parent .. "/bad.jsonl"
+    local f = assert(io.open(bad, "w"))
+    f:write('{"input_ids":[5,6]}\n', ('{"input_ids":[5000,5001]}\n'):rep(20))
+    f:close()
+    for _, c in ipairs { { "--model %S+", "--model /nowhere" }, { "--data %S+", "--data /nowhere.jsonl" }, { "--data %S+", "--data " .. bad },
+      { "$", " --resume" }, { "$", " --trainable nonsense" }, { "$", " --log /nowhere/log.jsonl" }, { "$", " --num-beams 3" }, { "$", " --epochs 0" } } do
+      local _, err, status = run((base .. " --max-steps 2"):gsub(c[1], c[2], 1) .. " --out " .. dir)
+      assert.is_true(status > 0, c[2])
+      assert.is_true(require("wane.core").C.wane_path_kind(parent .. "/a") == 0, c[2] .. err)
+    end
+  end)
+
   it("leaves memory where it was", function()
     if os.getenv "WANE_SANITIZER" then return pending "counts memory" end
     local dir, rss = folder(), {}
@@ -203,7 +217,7 @@ describe("wane finetune", function()
     local dir = folder()
     local script = assert(io.open(dir .. "/script", "w"))
     local command = ("%s --max-steps 100000 --save-every 2 --save-total-limit 2 --out %s/run"):format(base, dir)
-    script:write(("%s & pid=$!\n"):format(command), ("while [ ! -d %s/run/checkpoint-* ]; do sleep 0.05; done\n"):format(dir),
+    script:write(("%s & pid=$!\n"):format(command), ("until ls %s/run/checkpoint-* >/dev/null 2>&1; do sleep 0.05; done\n"):format(dir),
       ("%s --resume; echo refused $? $pid\n"):format(command), "kill -9 $pid\n",
       ("timeout --preserve-status -s TERM 1 %s --resume; echo resumed $?\n"):format(command))
     script:close()

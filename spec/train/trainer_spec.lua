@@ -339,12 +339,29 @@ describe("logs and curves", function()
     f:close()
     assert.same({ { 1, 3 }, { 2, 2 }, { 3, 0.5 } }, l:points "loss")
     assert.equal(4, #l.records)
-    local _, message = log.open "/nowhere/l.jsonl"
-    assert.matches("cannot write the log", message)
+    for _, place in ipairs { "/nowhere/l.jsonl", folder() } do
+      local none, message = log.open(place)
+      assert.is_nil(none)
+      assert.matches("cannot write the log: ", message)
+    end
+  end)
+
+  it("a new log leaves what stands there until it has a record", function()
+    local path = write(folder() .. "/l.jsonl", "old\n")
+    assert(log.open(path)):close()
+    assert.equal("old", io.open(path):read "*l")
+    local l = assert(log.open(path))
+    l:add { step = 1, loss = 1 }
+    l:add { step = 2, loss = 1 }
+    l:close()
+    local steps = {}
+    for line in io.lines(path) do steps[#steps + 1] = cjson.decode(line).step end
+    assert.same({ 1, 2 }, steps)
   end)
 
   it("a full disk under a log is told", function()
     local l = assert(log.open(folder() .. "/l.jsonl"))
+    l:add { step = 6, loss = 1 }
     l.file:close()
     l.file = assert(io.open("/dev/full", "w"))
     assert.error_matches(function() l:add { step = 7, loss = 1 } end, "the line of step 7 was not written: .*[Nn]o space")

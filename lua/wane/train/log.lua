@@ -2,7 +2,9 @@
 -- @module wane.train.log
 local cjson = require "cjson"
 local core = require "wane.core"
+local ffi = require "ffi"
 local json = require "wane.checkpoint.json"
+local paths = require "wane.checkpoint.paths"
 local writer = require "wane.checkpoint.writer"
 
 local M = {}
@@ -32,25 +34,40 @@ local function text_of(record)
   return (json.encode(line):gsub("\n%s*", " ")) .. "\n"
 end
 
---- Opens a log.
+-- Writes the records so far, in place of what stood there, and stays at the end of the file: true, or nil and why not.
+local function begin(self)
+  local lines = {}
+  for i, record in ipairs(self.records) do lines[i] = text_of(record) end
+  local ok, message = writer.write_text(self.path, table.concat(lines))   -- renamed into place: a kill leaves the old log
+  if not ok then return nil, message end
+  self.file, message = io.open(self.path, "a")
+  return self.file and true, message
+end
+
+-- Whether a file can be put at `path`: true, or nil and why not.
+local function can_write(path)
+  if paths.is_folder(path) then return nil, ("'%s' is a folder"):format(path) end
+  local box = ffi.new "wane_writer *[1]"
+  if core.C.wane_writer_open(box, path) < 0 then return nil, ffi.string(core.C.wane_error()) end
+  core.C.wane_writer_free(box[0])
+  return true
+end
+
+--- Opens a log. A new one is written with its first record, so that a run that fails before leaves what was there.
 -- @param path string|nil nil: records are kept in memory alone
 -- @param resume integer|nil the step that a resumed run goes on from: later records, of steps that will be done again, are dropped; nil: a new log
--- @return wane.TrainLog|nil, string|nil message
+-- @return wane.TrainLog|nil, string|nil message where it cannot be written
 function M.open(path, resume)
   local self = setmetatable({ path = path, records = {} }, Log)
   if not path then return self end
-  local old = resume and io.open(path)
-  if old then
-    old:close()
+  local ok, message
+  if resume and paths.is_file(path) then
     self.records = read(path, resume)
+    ok, message = begin(self)
+  else
+    ok, message = can_write(path)
   end
-  local lines = {}
-  for i, record in ipairs(self.records) do lines[i] = text_of(record) end
-  local ok, why = writer.write_text(path, table.concat(lines))       -- renamed into place: a kill leaves the old log
-  if not ok then return nil, "cannot write the log: " .. why end
-  local f, message = io.open(path, "a")
-  if not f then return nil, "cannot write the log: " .. message end
-  self.file = f
+  if not ok then return nil, "cannot write the log: " .. message end
   return self
 end
 
@@ -58,11 +75,15 @@ end
 -- @param record table of numbers and strings, with `step`
 function Log:add(record)
   self.records[#self.records + 1] = record
+  if not self.path then return end
+  local ok, message
   if self.file then
-    local ok, message = self.file:write(text_of(record))
+    ok, message = self.file:write(text_of(record))
     if ok then ok, message = self.file:flush() end
-    if not ok then core.raise("log: the line of step %s was not written: %s", tostring(record.step), tostring(message)) end
+  else
+    ok, message = begin(self)
   end
+  if not ok then core.raise("log: the line of step %s was not written: %s", tostring(record.step), tostring(message)) end
 end
 
 --- Points of a field: { { step, value } … }.
