@@ -67,9 +67,11 @@ local function check(args)
     end
   end
   if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
+  if args.max_length == 1 then cli.usage "--max-length: a number above 1 was expected: a single token has nothing to predict" end
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
   if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
   if args.patience and not args.eval_every then cli.usage "--patience counts evaluations: it needs --eval-every" end
+  if args.lr and args.lr < 0 then cli.usage "--lr: a number from 0 on was expected" end
   if args.epochs and args.epochs <= 0 then cli.usage "--epochs: a number above 0 was expected" end
   if args.lora_dropout and (args.lora_dropout < 0 or args.lora_dropout >= 1) then cli.usage "--lora-dropout: expected a share in [0, 1)" end
   local make, message = require("wane.optim").by_name(args.optim or "adamw")
@@ -79,6 +81,7 @@ local function check(args)
     require("wane.optim.schedule").new(args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = args.num_decay_steps, min_lr = args.min_lr })(0)
   end)
   if not ok then cli.usage("--schedule: %s", (tostring(message):gsub("^.-schedule: ", ""))) end
+  cli.load_options(args)                                                     -- says what is wrong with the model's own
 end
 
 -- Attaches the adapter, or makes parameters leaves; says what is trained.
@@ -127,9 +130,18 @@ local function fingerprint(args, rows)
   return table.concat(parts, ", ")
 end
 
-local function open_rows(path, tok, model, args)
-  return cli.check(require("wane.train").data.open(path, tok, { text_field = args.text_field, max_length = args.max_length or 512,
-    bad_rows = args.bad_rows, encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size }))
+-- What can fail without a model fails before it is loaded, and leaves nothing: the data as far as no tokenizer is needed, the folder, the log.
+local function scan(path, args)
+  return path and cli.check(require("wane.train").data.scan(path, { text_field = args.text_field, max_length = args.max_length or 512,
+    bad_rows = args.bad_rows }))
+end
+local function log_path(args) return args.log or args.out .. "/log.jsonl" end
+local function look(args)
+  local train = require "wane.train"
+  if args.resume and not train.saves.latest(args.out) then cli.fail("there is no checkpoint in '%s' to resume from", args.out) end
+  local rows, held_out = scan(args.data, args), scan(args.eval_data, args)
+  cli.check(train.saves.holding(args.out, function() return train.log.can_write(log_path(args)) end))
+  return rows, held_out
 end
 
 -- What the trainer is told. --out is held by then, until the result is in it.
@@ -139,15 +151,15 @@ local function run_options(args, rows)
     epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
     schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
     checkpointing = args.checkpointing or false, out = args.out, held = true, save_every = args.save_every, save_total_limit = args.save_total_limit,
-    resume = args.resume, log = args.log or args.out .. "/log.jsonl", eval_every = args.eval_every, patience = args.patience,
+    resume = args.resume, log = log_path(args), eval_every = args.eval_every, patience = args.patience,
     cancelled = cli.interrupted, fingerprint = fingerprint(args, rows),
   }
 end
 
 -- Trains, writes the result, and only then looks at what was held out once more.
-local function train(model, tok, args, save)
-  local wane, rows = require "wane", open_rows(args.data, tok, model, args)
-  local held_out = args.eval_data and open_rows(args.eval_data, tok, model, args)
+local function train(model, tok, args, rows, held_out, save)
+  local wane = require "wane"
+  for _, r in ipairs { rows, held_out } do cli.check(r:bind(tok, { encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size })) end
   local pad = tok and tok.pad_id or 0
   local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
   local before = not args.resume and evaluate() or nil
@@ -168,13 +180,13 @@ local function train(model, tok, args, save)
   for _, r in ipairs(result.records) do if r.eval_loss and r.step == result.steps then result.after = r end end       -- looked at just now
   if result.signal then cli.note "interrupted: saved, and what is held out was not looked at again"
   elseif not result.after then result.after = evaluate() end
-  result.before, result.rows, result.held_out = before, rows, held_out
+  result.before = before
   return result
 end
 
 -- The curve in the terminal and as an SVG beside the log.
 local function show_curve(result, args)
-  local curve, path = require("wane.train").curve, (args.log or args.out .. "/log.jsonl"):gsub("%.jsonl$", "") .. ".svg"
+  local curve, path = require("wane.train").curve, log_path(args):gsub("%.jsonl$", "") .. ".svg"
   local f = io.open(path, "w")
   if f then
     f:write(curve.svg(result.curve, "Loss of " .. args.out))
@@ -195,18 +207,19 @@ end
 cli.run(parser, function(args)
   check(args)
   local wane = require "wane"
+  local rows, held_out = look(args)
   local model, tok = cli.load_model(args)
   if not tok then cli.note("no tokenizer: %s", tostring(model.tokenizer_error)) end
   local adapter, trainable, all = choose(model, args)
-  local result = train(model, tok, args, function()
+  local result = train(model, tok, args, rows, held_out, function()
     if adapter then return wane.lora.save(model, args.out) end
     return model:save(args.out)
   end)
   show_curve(result, args)
-  for _, rows in ipairs { result.rows, result.held_out } do
-    local of = rows == result.rows and "" or " of --eval-data"
-    if rows.bad > 0 then cli.note("%d row(s)%s left out, such as line %d: %s", rows.bad, of, rows.skipped[1].line, rows.skipped[1].reason) end
-    if rows.truncated > 0 then cli.note("%d row(s)%s cut to --max-length", rows.truncated, of) end
+  for _, r in ipairs { rows, held_out } do
+    local of = r == rows and "" or " of --eval-data"
+    if r.bad > 0 then cli.note("%d row(s)%s left out, such as line %d: %s", r.bad, of, r.skipped[1].line, r.skipped[1].reason) end
+    if r.truncated > 0 then cli.note("%d row(s)%s cut to --max-length", r.truncated, of) end
   end
   local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
     peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,

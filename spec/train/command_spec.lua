@@ -149,6 +149,34 @@ describe("wane finetune", function()
     end
   end)
 
+  it("tells what needs no model before it looks for one", function()
+    local dir = folder()
+    local function text(name, bytes)
+      local f = assert(io.open(dir .. "/" .. name, "w"))
+      f:write(bytes)
+      f:close()
+      return dir .. "/" .. name
+    end
+    local out = " --out " .. dir .. "/out"
+    for _, c in ipairs { { 1, "--data /nowhere.jsonl" .. out, "/nowhere.jsonl" }, { 1, "--data " .. text("binary", "a\0b") .. out, "a binary file" },
+      { 1, "--data " .. text("fields.jsonl", '{"a":1}') .. out, "none of the fields" }, { 1, "--data " .. dir .. out, "is a directory" },
+      { 1, ("--data %s --eval-data /nowhere.txt"):format(rows_path) .. out, "/nowhere.txt" },
+      { 1, ("--data %s --resume"):format(rows_path) .. out, "there is no checkpoint in" },
+      { 1, ("--data %s --log /nowhere/log"):format(rows_path) .. out, "cannot write the log: .*/nowhere/log" },
+      { 1, ("--data %s --log %s"):format(rows_path, dir) .. out, "cannot write the log: .* is a folder" },
+      { 1, ("--data %s --out %s"):format(rows_path, text("file", "x")), "cannot write in the folder '.*/file'" },
+      { 2, ("--data %s --max-length 1"):format(rows_path) .. out, "%-%-max%-length" }, { 2, ("--data %s --lr=-1"):format(rows_path) .. out, "%-%-lr" },
+      { 2, "--data /nowhere --quant int8 --double-quant" .. out, "%-%-double%-quant is for" } } do
+      local _, err, status = run(("%s finetune --model /nowhere %s"):format(bin, c[2]))
+      assert.equal(c[1], status, err)
+      assert.matches(c[3], err)
+      assert.is_nil(err:find "/nowhere'", err)                            -- the model's name in quotes: it was looked for
+    end
+    local _, err = run(("%s finetune --model /nowhere --data %s"):format(bin, rows_path) .. out)
+    assert.matches("/nowhere", err)
+    assert.equal(0, require("wane.core").C.wane_path_kind(dir .. "/out"))
+  end)
+
   it("leaves memory where it was", function()
     if os.getenv "WANE_SANITIZER" then return pending "counts memory" end
     local dir, rss = folder(), {}

@@ -297,6 +297,60 @@ end
 
 local known = { kind = true, text_field = true, max_length = true, encoder_decoder = true, bad_rows = true, eos = true, vocabulary = true }
 
+local function check_options(opts)
+  for key in pairs(opts) do if not known[key] then core.raise("data.open: there is no option '%s'", tostring(key)) end end
+  local size, length, bad = opts.vocabulary, opts.max_length, opts.bad_rows
+  if bad and bad ~= "fail" and bad ~= "skip" then core.raise("data.open: bad_rows: expected 'fail' or 'skip', found '%s'", tostring(bad)) end
+  if length and (type(length) ~= "number" or length < 2 or length % 1 ~= 0) then
+    core.raise("data.open: max_length: expected a whole number above 1, found %s", tostring(length))
+  end
+  if size and (type(size) ~= "number" or size < 1 or size % 1 ~= 0) then
+    core.raise("data.open: vocabulary: expected how many ids there are, a whole number above 0, found %s", tostring(size))
+  end
+  if opts.kind and opts.kind ~= "text" and not makers[opts.kind] then
+    core.raise("data.open: kind: expected text, jsonl, messages, pairs or ids, found '%s'", tostring(opts.kind))
+  end
+end
+
+--- The part of open that needs no model: finds the lines of a file and tells what kind of rows it holds. rows:bind(tok, opts) is the rest.
+-- @param path string
+-- @param opts table|nil as for open; those that tell of the model may be left to bind
+-- @return wane.Rows|nil without a count yet, string|nil message
+function M.scan(path, opts)
+  opts = opts or {}
+  check_options(opts)
+  local self = setmetatable({ path = path, kind = opts.kind, text_field = opts.text_field or "text", max_length = opts.max_length or 1024,
+    bad_rows = opts.bad_rows or "fail", bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
+  local message = not_text(path)
+  if message then return nil, ("%s: no training data: %s"):format(path, message) end
+  self.lines, message = lines.open(path)
+  if not self.lines then return nil, message end
+  if not self.kind then
+    self.kind, message = detect(self, opts)
+    if not self.kind then return nil, ("%s: no training data: %s"):format(path, message) end
+  end
+  return self
+end
+
+--- Makes rows of what scan found.
+-- @param tok wane.Tokenizer|nil needed for all kinds but ids
+-- @param opts table|nil { encoder_decoder, eos, vocabulary }: as for open
+-- @return wane.Rows|nil self, string|nil message
+function Rows:bind(tok, opts)
+  opts = opts or {}
+  check_options(opts)
+  if self.kind ~= "ids" and not tok then return nil, ("%s holds text, and the model has no tokenizer that wane reads"):format(self.path) end
+  self.tok, self.encoder_decoder, self.vocabulary = tok, opts.encoder_decoder or false, opts.vocabulary or tok and tok.vocab_size
+  self.eos = opts.eos or (tok and tok.eos_id and tok.eos_id[1])
+  if self.kind == "text" then return open_text(self) end
+  local message
+  self.blank, message = self.lines:blank()
+  if not self.blank then return nil, message end
+  self.count = self.lines.count - #self.blank
+  self.seen_cut = ffi.new("uint8_t[?]", self.count + 1)  -- 1 for a row that was counted in `truncated`
+  return self
+end
+
 --- Opens training data.
 -- @param path string
 -- @param tok wane.Tokenizer|nil needed for all kinds but ids
@@ -306,39 +360,9 @@ local known = { kind = true, text_field = true, max_length = true, encoder_decod
 --   from 0 on is taken) }
 -- @return wane.Rows|nil, string|nil message
 function M.open(path, tok, opts)
-  opts = opts or {}
-  for key in pairs(opts) do if not known[key] then core.raise("data.open: there is no option '%s'", tostring(key)) end end
-  local self = setmetatable({ path = path, tok = tok, text_field = opts.text_field or "text", max_length = opts.max_length or 1024,
-    encoder_decoder = opts.encoder_decoder or false, bad_rows = opts.bad_rows or "fail", vocabulary = opts.vocabulary or tok and tok.vocab_size,
-    bad = 0, skipped = {}, seen_bad = {}, truncated = 0 }, Rows)
-  if self.bad_rows ~= "fail" and self.bad_rows ~= "skip" then
-    core.raise("data.open: bad_rows: expected 'fail' or 'skip', found '%s'", tostring(self.bad_rows))
-  end
-  if self.max_length < 2 or self.max_length % 1 ~= 0 then
-    core.raise("data.open: max_length: expected a whole number above 1, found %s", tostring(opts.max_length))
-  end
-  if opts.vocabulary and (type(opts.vocabulary) ~= "number" or opts.vocabulary < 1 or opts.vocabulary % 1 ~= 0) then
-    core.raise("data.open: vocabulary: expected how many ids there are, a whole number above 0, found %s", tostring(opts.vocabulary))
-  end
-  local message = not_text(path)
-  if message then return nil, ("%s: no training data: %s"):format(path, message) end
-  self.lines, message = lines.open(path)
-  if not self.lines then return nil, message end
-  self.kind = opts.kind
-  if not self.kind then
-    self.kind, message = detect(self, opts)
-    if not self.kind then return nil, ("%s: no training data: %s"):format(path, message) end
-  elseif self.kind ~= "text" and not makers[self.kind] then
-    core.raise("data.open: kind: expected text, jsonl, messages, pairs or ids, found '%s'", tostring(self.kind))
-  end
-  if self.kind ~= "ids" and not tok then return nil, ("%s holds text, and the model has no tokenizer that wane reads"):format(path) end
-  self.eos = opts.eos or (tok and tok.eos_id and tok.eos_id[1])
-  if self.kind == "text" then return open_text(self) end
-  self.blank, message = self.lines:blank()
-  if not self.blank then return nil, message end
-  self.count = self.lines.count - #self.blank
-  self.seen_cut = ffi.new("uint8_t[?]", self.count + 1)  -- 1 for a row that was counted in `truncated`
-  return self
+  local rows, message = M.scan(path, opts)
+  if not rows then return nil, message end
+  return rows:bind(tok, opts)
 end
 
 --- Writes rows as JSONL of { input_ids, labels }, in the order given: the same data for another program.

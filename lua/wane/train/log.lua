@@ -34,21 +34,23 @@ local function text_of(record)
   return (json.encode(line):gsub("\n%s*", " ")) .. "\n"
 end
 
--- Writes the records so far, in place of what stood there, and stays at the end of the file: true, or nil and why not.
+-- Writes the records so far, in the place of what stood there, and stays at the end of the file: true, or nil and why not.
 local function begin(self)
   local lines = {}
   for i, record in ipairs(self.records) do lines[i] = text_of(record) end
   local ok, message = writer.write_text(self.path, table.concat(lines))   -- renamed into place: a kill leaves the old log
-  if not ok then return nil, message end
+  if not ok then return nil, "cannot write the log: " .. message end
   self.file, message = io.open(self.path, "a")
   return self.file and true, message
 end
 
--- Whether a file can be put at `path`: true, or nil and why not.
-local function can_write(path)
-  if paths.is_folder(path) then return nil, ("'%s' is a folder"):format(path) end
+--- Whether a log can be put at `path`. Nothing stays of the trial.
+-- @param path string
+-- @return true|nil, string|nil message
+function M.can_write(path)
   local box = ffi.new "wane_writer *[1]"
-  if core.C.wane_writer_open(box, path) < 0 then return nil, ffi.string(core.C.wane_error()) end
+  if paths.is_folder(path) then return nil, ("cannot write the log: '%s' is a folder"):format(path) end
+  if core.C.wane_writer_open(box, path) < 0 then return nil, "cannot write the log: " .. ffi.string(core.C.wane_error()) end
   core.C.wane_writer_free(box[0])
   return true
 end
@@ -60,14 +62,12 @@ end
 function M.open(path, resume)
   local self = setmetatable({ path = path, records = {} }, Log)
   if not path then return self end
-  local ok, message
-  if resume and paths.is_file(path) then
+  local ok, message = M.can_write(path)
+  if ok and resume and paths.is_file(path) then
     self.records = read(path, resume)
     ok, message = begin(self)
-  else
-    ok, message = can_write(path)
   end
-  if not ok then return nil, "cannot write the log: " .. message end
+  if not ok then return nil, message end
   return self
 end
 
