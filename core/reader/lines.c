@@ -1,15 +1,18 @@
 /* lines.c: where the lines of a text file begin, so that any of them can be read without the others: training data larger than memory.
  *
- * One pass over the file on a job's thread; 8 bytes of memory a line. The file is read by place and never held. */
+ * One pass over the file on a job's thread finds the lines, and which of them are blank; 8 bytes of memory a line, and a blank line. The
+ * file is read by place and never held. */
 #include "reader.h"
 #include <string.h>
 
 enum { LINES_CHUNK = 1 << 20 };
 
+typedef struct numbers { uint64_t *at; int64_t count, room; } numbers;
+
 struct wane_lines {
   wane_file file;
-  uint64_t *start;                       /* of each line, and the end of the last */
-  int64_t count, room;
+  numbers start;                         /* of each line, and the end of the last */
+  numbers blank;                         /* lines, from 0, that are empty or white space */
 };
 
 typedef struct scanning { char *path; wane_lines *lines; } scanning;
@@ -17,42 +20,53 @@ typedef struct scanning { char *path; wane_lines *lines; } scanning;
 void wane_lines_free(wane_lines *l) {
   if (!l) return;
   wane_file_close(&l->file);
-  wane_release(l->start);
+  wane_release(l->start.at);
+  wane_release(l->blank.at);
   wane_release(l);
 }
 
-static int add_line(wane_lines *l, uint64_t at) {
-  if (l->count == l->room) {
-    int64_t more = l->room ? l->room * 2 : 1024;
-    uint64_t *grown = wane_regrow(l->start, (size_t)l->count * sizeof *grown, (size_t)more * sizeof *grown, "an index of lines");
+static int add(numbers *n, uint64_t value) {
+  if (n->count == n->room) {
+    int64_t more = n->room ? n->room * 2 : 1024;
+    uint64_t *grown = wane_regrow(n->at, (size_t)n->count * sizeof *grown, (size_t)more * sizeof *grown, "an index of lines");
     if (!grown) return WANE_E_MEMORY;
-    l->start = grown;
-    l->room = more;
+    n->at = grown;
+    n->room = more;
   }
-  l->start[l->count++] = at;
+  n->at[n->count++] = value;
   return WANE_OK;
+}
+
+static int add_line(wane_lines *l, uint64_t begin, int white) {
+  int status = white ? add(&l->blank, (uint64_t)l->start.count) : WANE_OK;
+  return status == WANE_OK ? add(&l->start, begin) : status;
+}
+
+/* White space is C's: space, tab, and what moves paper. Most lines are told by their first byte. */
+static int is_white(const char *p, const char *end) {
+  while (p < end && (*p == ' ' || (*p >= '\t' && *p <= '\r'))) p++;
+  return p == end;
 }
 
 static int scan(wane_job *job, wane_lines *l, char *chunk) {
   uint64_t size = l->file.size, from = 0, begin = 0;
+  int status, white = 1;                             /* the line that begins at `begin`, as far as it was read */
   if (size >= 3 && wane_file_read(&l->file, 0, chunk, 3) == WANE_OK && !memcmp(chunk, "\xef\xbb\xbf", 3)) from = begin = 3;      /* a byte order mark */
   for (; from < size;) {
     size_t n = size - from < LINES_CHUNK ? (size_t)(size - from) : LINES_CHUNK;
-    int status = wane_file_read(&l->file, from, chunk, n);
-    if (status != WANE_OK) return status;
+    if ((status = wane_file_read(&l->file, from, chunk, n)) != WANE_OK) return status;
     if (wane_job_cancelled(job)) return wane_fail(WANE_E_CANCELLED, "reading the lines of '%s' was cancelled", l->file.path);
-    for (char *p = chunk, *end = chunk + n; (p = memchr(p, '\n', (size_t)(end - p))); ) {
-      p++;
-      if ((status = add_line(l, begin)) != WANE_OK) return status;
-      begin = from + (uint64_t)(p - chunk);
-      if (p == end) break;
+    const char *p = chunk, *end = chunk + n, *stop;
+    for (; (stop = memchr(p, '\n', (size_t)(end - p))); p = stop + 1, white = 1) {
+      if ((status = add_line(l, begin, white && is_white(p, stop))) != WANE_OK) return status;
+      begin = from + (uint64_t)(stop + 1 - chunk);
     }
+    white = white && is_white(p, end);
     from += n;
     wane_job_set_progress(job, from, size);
   }
-  int status = begin < size ? add_line(l, begin) : WANE_OK;
-  if (status == WANE_OK && (status = add_line(l, size)) == WANE_OK) l->count--;      /* the end is no line */
-  return status;
+  status = begin < size ? add_line(l, begin, white) : WANE_OK;
+  return status == WANE_OK ? add(&l->start, size) : status;
 }
 
 static int scan_run(wane_job *job, void *state) {
@@ -98,11 +112,17 @@ int wane_lines_take(wane_job *job, wane_lines **out) {
   return WANE_OK;
 }
 
-int64_t wane_lines_count(const wane_lines *l) { return l->count; }
+int64_t wane_lines_count(const wane_lines *l) { return l->start.count - 1; }      /* the end is no line */
+
+int64_t wane_lines_blank(const wane_lines *l, const uint64_t **numbers) {
+  *numbers = l->blank.at;
+  return l->blank.count;
+}
 
 int64_t wane_lines_read(const wane_lines *l, int64_t i, char *text, int64_t room) {
-  if (i < 0 || i >= l->count) return wane_fail(WANE_E_ARG, "'%s' has %lld lines; line %lld was asked for", l->file.path, (long long)l->count, (long long)i + 1);
-  uint64_t from = l->start[i], n = l->start[i + 1] - from;
+  int64_t count = wane_lines_count(l);
+  if (i < 0 || i >= count) return wane_fail(WANE_E_ARG, "'%s' has %lld lines; line %lld was asked for", l->file.path, (long long)count, (long long)i + 1);
+  uint64_t from = l->start.at[i], n = l->start.at[i + 1] - from;
   char last;
   for (const char *end = "\n\r"; *end && n > 0; end++) {                     /* without its end: "\n" or "\r\n" */
     int status = wane_file_read(&l->file, from + n - 1, &last, 1);

@@ -50,14 +50,24 @@ describe("lines of a file", function()
   end)
 
   it("that are blank are told: empty or white space, however many, at both ends, behind a byte order mark, beside long lines", function()
-    assert.same({}, lines.open(file "one\ntwo"):blank())
-    assert.same({ 2, 4, 5 }, lines.open(file "one\n\n two\n \t\r\n\r\n\vx\n"):blank())
-    assert.same({ 1, 3 }, lines.open(file "\239\187\191 \none\n  "):blank())
-    assert.same({}, lines.open(file "\239\187\191a\n"):blank())
-    assert.same({ 1 }, lines.open(file "\n"):blank())
+    local function blank(text)
+      local l, full, list = assert(lines.open(file(text))), {}, {}
+      for i = 1, l.count - l.blanks do full[l:full(i)] = true end
+      for i = 1, l.count do if not full[i] then list[#list + 1] = i end end
+      assert.equal(l.blanks, #list)
+      return list
+    end
+    assert.same({}, blank "one\ntwo")
+    assert.same({ 2, 4, 5 }, blank "one\n\n two\n \t\r\n\r\n\vx\n")
+    assert.same({ 1, 3 }, blank "\239\187\191 \none\n  ")
+    assert.same({}, blank "\239\187\191a\n")
+    assert.same({ 1 }, blank "\n")
     local long = (" "):rep(3 * 2 ^ 20)                                    -- longer than what is read at a time
-    assert.same({ 1, 3 }, lines.open(file(long .. "\n" .. long .. "x\n" .. long)):blank())
-    local many = assert(lines.open(file(("\n"):rep(2 ^ 20 + 10) .. "x\n\n"))):blank()
+    assert.same({ 1, 3 }, blank(long .. "\n" .. long .. "x\n" .. long))
+    assert.same({ 2 }, blank("x" .. long .. "\n" .. long))
+    assert.same({ 2 }, blank(("x"):rep(2 ^ 20 - 1) .. "\n\ny\n"))        -- a line that ends with what is read at a time
+    assert.same({ 2 }, blank(("x"):rep(2 ^ 20 - 3) .. "\n  \n y\n"))
+    local many = blank(("\n"):rep(2 ^ 20 + 10) .. "x\n\n")
     assert.equal(2 ^ 20 + 11, #many)
     assert.equal(2 ^ 20 + 12, many[#many])
   end)

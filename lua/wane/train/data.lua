@@ -182,16 +182,6 @@ local function scored(labels, from)
   return false
 end
 
--- The line of row i: rows are the lines that are not blank.
-local function line_of(self, i)
-  local low, high = 0, #self.blank                       -- how many blank ones stand before it: bisected
-  while low < high do
-    local middle = math.ceil((low + high) / 2)
-    if self.blank[middle] - middle < i then low = middle else high = middle - 1 end
-  end
-  return i + low
-end
-
 -- Row i, out of a line: ids, labels, or nil and why not.
 local function make(self, i, line)
   local text, message = self.lines:get(line)
@@ -217,7 +207,7 @@ function Rows:get(i)
     local ids = self.blocks(i)
     return { ids = ids, labels = ids, line = i }
   end
-  local line = line_of(self, i)
+  local line = self.lines:full(i)
   local row, reason = make(self, i, line)
   if row then return row end
   if self.bad_rows ~= "skip" then
@@ -343,10 +333,7 @@ function Rows:bind(tok, opts)
   self.tok, self.encoder_decoder, self.vocabulary = tok, opts.encoder_decoder or false, opts.vocabulary or tok and tok.vocab_size
   self.eos = opts.eos or (tok and tok.eos_id and tok.eos_id[1])
   if self.kind == "text" then return open_text(self) end
-  local message
-  self.blank, message = self.lines:blank()
-  if not self.blank then return nil, message end
-  self.count = self.lines.count - #self.blank
+  self.count = self.lines.count - self.lines.blanks
   self.seen_cut = ffi.new("uint8_t[?]", self.count + 1)  -- 1 for a row that was counted in `truncated`
   return self
 end

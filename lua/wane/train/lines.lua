@@ -7,6 +7,7 @@ local C = core.C
 ---@class wane.Lines
 ---@field path string
 ---@field count integer
+---@field blanks integer how many lines are empty, or nothing but white space
 local Lines = {}
 Lines.__index = Lines
 
@@ -14,7 +15,7 @@ local M = {}
 
 local LONGEST = 64 * 2 ^ 20              -- bytes; a longer line is a file of another kind
 
---- Indexes a file: one pass, 8 bytes of memory a line.
+--- Indexes a file: one pass, 8 bytes of memory a line and as many a blank one.
 -- @param path string
 -- @return wane.Lines|nil, string|nil message
 function M.open(path)
@@ -24,8 +25,10 @@ function M.open(path)
   local status = core.wait_job(handle)
   if status == 0 then status = C.wane_lines_take(handle, box) end
   if status ~= 0 then return nil, ffi.string(C.wane_error()) end
-  local lines = ffi.gc(box[0], C.wane_lines_free)
-  return setmetatable({ path = path, handle = lines, count = tonumber(C.wane_lines_count(lines)), room = 4096, buffer = ffi.new("char[?]", 4096) }, Lines)
+  local lines, numbers = ffi.gc(box[0], C.wane_lines_free), ffi.new "const uint64_t *[1]"
+  local blanks = tonumber(C.wane_lines_blank(lines, numbers))
+  return setmetatable({ path = path, handle = lines, count = tonumber(C.wane_lines_count(lines)), blanks = blanks, blank = numbers[0], room = 4096,
+    buffer = ffi.new("char[?]", 4096) }, Lines)
 end
 
 --- Line i, without its end.
@@ -42,28 +45,16 @@ function Lines:get(i)
   return ffi.string(self.buffer, n)
 end
 
---- Which lines are blank: empty, or nothing but white space. Reads the file once more.
--- @return integer[]|nil their numbers, rising, string|nil message
-function Lines:blank()
-  local f, message = io.open(self.path, "rb")
-  if not f then return nil, message end
-  local found, number, white = {}, 1, true               -- white: line `number`, as far as it was read
-  local at = f:read(3) == "\239\187\191" and 4 or 1       -- behind a byte order mark, as the index begins
-  f:seek("set", at - 1)
-  for chunk in function() return f:read(2 ^ 20) end do
-    local from, mark = 1, 0                              -- mark: the first byte from `from` on that is no white space
-    while from <= #chunk do
-      if mark < from then mark = chunk:find("%S", from) or #chunk + 1 end
-      local stop = chunk:find("\n", from, true)
-      white = white and mark > (stop or #chunk)
-      if not stop then break end
-      if white then found[#found + 1] = number end
-      from, number, white = stop + 1, number + 1, true
-    end
+--- The number of a line, counted among those that are not blank.
+-- @param i integer from 1 to count - blanks
+-- @return integer its number among all lines
+function Lines:full(i)
+  local low, high = 0, self.blanks                       -- how many blank ones stand before it: bisected
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if tonumber(self.blank[middle - 1]) + 1 - middle < i then low = middle else high = middle - 1 end
   end
-  f:close()
-  if white and number <= self.count then found[#found + 1] = number end        -- the last one, without its end
-  return found
+  return i + low
 end
 
 return M
