@@ -630,6 +630,9 @@ enum { WANE_PATH_NONE = 0, WANE_PATH_FILE = 1, WANE_PATH_FOLDER = 2, WANE_PATH_O
 WANE_API int wane_path_kind(const char *path);
 /* Makes a directory and its parents; no error if it is there. */
 WANE_API int wane_path_make(const char *path);
+/* Flushes a directory to the disk, on a job, so that names that were given or taken in it last. What cannot be flushed (some file systems refuse
+ * directories) is no error. */
+WANE_API int wane_path_flush(wane_job **out, const char *path);
 /* Size in bytes and time of the last change (nanoseconds since 1970) of a file; either may be NULL. */
 WANE_API int wane_path_stat(const char *path, uint64_t *bytes, int64_t *changed);
 /* Names in a directory but for "." and "..", in no order, each ended by a NUL. Returns the bytes that all of them take; they are in

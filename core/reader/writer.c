@@ -62,14 +62,19 @@ int wane_writer_write(wane_writer *w, uint64_t offset, const void *data, size_t 
   return WANE_OK;
 }
 
-/* Makes the rename last: the directory is flushed too. Some file systems refuse that; the file itself is safe by then. */
-static void flush_folder(const char *path) {
+/* Some file systems refuse to flush a directory; what lies in it is safe by then. */
+static void flush_folder(const char *folder) {
+  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd >= 0) { (void)!fsync(fd); close(fd); }
+}
+
+/* Makes the rename last: the directory is flushed too. */
+static void flush_folder_of(const char *path) {
   const char *slash = strrchr(path, '/');
   char *folder = wane_copy_string(slash ? path : ".");
   if (!folder) return;
   if (slash) folder[slash == path ? 1 : slash - path] = 0;
-  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd >= 0) { (void)!fsync(fd); close(fd); }
+  flush_folder(folder);
   wane_release(folder);
 }
 
@@ -83,7 +88,7 @@ static int finish_run(wane_job *job, void *state) {
   if (rename(w->temporary, w->path)) return wane_fail_errno(WANE_E_IO, "cannot rename the finished file to '%s'", w->path);
   wane_release(w->temporary);
   w->temporary = NULL;
-  flush_folder(w->path);
+  flush_folder_of(w->path);
   return WANE_OK;
 }
 
@@ -93,4 +98,21 @@ static const wane_job_vtable finish_vtable = { finish_run, finish_drop };
 int wane_writer_finish(wane_writer *w, wane_job **out) {
   *out = NULL;
   return wane_job_start(out, &finish_vtable, w);
+}
+
+/* ---------------------------------------------------------------- folders */
+
+static int flush_run(wane_job *job, void *state) {
+  (void)job;
+  flush_folder(state);
+  return WANE_OK;
+}
+
+static const wane_job_vtable flush_vtable = { flush_run, wane_release };
+
+int wane_path_flush(wane_job **out, const char *path) {
+  *out = NULL;
+  if (!path || !*path) return wane_fail(WANE_E_ARG, "the path of a directory is empty");
+  char *folder = wane_copy_string(path);
+  return folder ? wane_job_start(out, &flush_vtable, folder) : WANE_E_MEMORY;
 }

@@ -214,6 +214,25 @@ describe("a checkpoint", function()
     assert.is_true(paths.is_file(dir .. "/best/x"))                     -- killed before the new one was in place
     model:close()
   end)
+
+  it("is flushed to the disk before an older one goes", function()
+    local model, dir, done = adapted(), folder(), {}
+    local flush, rename = paths.flush, os.rename
+    paths.flush = function(path)                                          -- luacheck: ignore
+      done[#done + 1] = "flush " .. path:sub(#dir + 1)
+      return flush(path)
+    end
+    os.rename = function(from, to)                                        -- luacheck: ignore
+      done[#done + 1] = "to " .. to:sub(#dir + 1)
+      return rename(from, to)
+    end
+    local ok, message = pcall(wane.train.run, model, open(), with { out = dir, max_steps = 2, save_every = 1, save_total_limit = 1 })
+    paths.flush, os.rename = flush, rename                                -- luacheck: ignore
+    assert.is_true(ok, message)
+    assert.equal("to /best", table.remove(done, 1))                       -- what a killed run may have left
+    assert.same({ "to /checkpoint-1", "flush ", "to /checkpoint-2", "flush ", "to /.checkpoint-1.old" }, done)
+    model:close()
+  end)
 end)
 
 describe("a run's folder", function()

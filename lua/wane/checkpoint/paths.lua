@@ -54,6 +54,14 @@ function M.list(path)
   return names
 end
 
+--- Flushes a folder to the disk: what was renamed or removed in it stays so when the machine goes down. Waits as the host waits.
+-- @param path string
+function M.flush(path)
+  local box = ffi.new "wane_job *[1]"
+  core.check(C.wane_path_flush(box, path))
+  core.wait_job(ffi.gc(box[0], C.wane_job_free))
+end
+
 -- ---------------------------------------------------------------- links
 
 local function is_below(path, folder) return path:sub(1, #folder + 1) == folder .. "/" end

@@ -1,4 +1,5 @@
---- Checkpoints of a training run: folders checkpoint-N that hold all that the next update depends on, and are never there in part.
+--- Checkpoints of a training run: folders checkpoint-N that hold all that the next update depends on, and are never there in part, whether
+-- the process is killed or the machine goes down.
 --
 --     checkpoint-N/adapter_config.json, adapter_model.safetensors     the adapter, as PEFT reads it (where one is trained)
 --     checkpoint-N/parameters.safetensors                             every trained tensor, by its name
@@ -141,6 +142,7 @@ local function write_folder(dir, name, steps)
   local replaced = paths.is_folder(whole) and os.rename(whole, old)
   local ok, message = os.rename(part, whole)
   if not ok then return nil, message end
+  paths.flush(dir)                                       -- before older ones go: a machine that goes down now has this one or those
   if replaced then remove_folder(old) end
   return whole
 end
