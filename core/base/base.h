@@ -32,6 +32,12 @@ void wane_count_mapped(int64_t bytes);
 int wane_cpu_quota(void);
 uint64_t wane_memory_quota(void);
 
+/* wane_hash of what comes in parts: begin, feed multiples of 32 bytes, end with the fewer than 32 that are left. */
+typedef struct wane_hash_state { uint64_t lane[4], bytes; } wane_hash_state;
+void wane_hash_begin(wane_hash_state *s);
+void wane_hash_feed(wane_hash_state *s, const void *data, size_t bytes);
+uint64_t wane_hash_end(const wane_hash_state *s, const void *tail, size_t bytes);
+
 /* Jobs (section 3 of wane.h). `run` executes on a thread of its own; it returns a status and has set the error if negative.
  * `drop` frees `state` after run has returned and the last reference went; it runs exactly once. */
 typedef struct wane_job_vtable {

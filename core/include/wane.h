@@ -639,6 +639,13 @@ WANE_API int wane_path_stat(const char *path, uint64_t *bytes, int64_t *changed)
  * `names` if that is at most `room` (names may be NULL for room 0). */
 WANE_API int64_t wane_path_list(const char *path, char *names, int64_t room);
 
+/* XXH64 (seed 0) of some bytes, as xxhsum prints it: tells damage, not malice. */
+WANE_API uint64_t wane_hash(const void *data, size_t bytes);
+/* The same of a whole file, on a job; a file that is empty, or no file, makes it fail. */
+WANE_API int wane_hash_file(wane_job **out, const char *path);
+/* What a finished job found. WANE_PENDING while the job runs, the job's status if it failed. */
+WANE_API int wane_hash_take(wane_job *job, uint64_t *hash);
+
 /* A file that one holder at a time has: made at `path` where it is not there, removed when it is let go. The lock is the kernel's (flock): that of
  * a process that was killed is free at once. On a file system that knows no locks everybody gets it. */
 typedef struct wane_lock wane_lock;

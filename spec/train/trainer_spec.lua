@@ -332,6 +332,50 @@ describe("a run that fails", function()
     model:close()
   end)
 
+  it("says which file of a checkpoint has a flipped bit, and which older checkpoint has none", function()
+    local model, dir = adapted(), folder()
+    local o = with { max_steps = 6, save_every = 2, out = dir }
+    assert(wane.train.run(model, open(), o))
+    o.resume = true
+    local function flip(path, share)                                      -- again: back
+      local f = assert(io.open(path, "r+b"))
+      local text = f:read "*a"
+      local at = math.floor(#text * share)
+      f:seek("set", at)
+      f:write(string.char(bit.bxor(text:byte(at + 1), 1)))
+      f:close()
+    end
+    for name, share in pairs { ["parameters.safetensors"] = 0.9, ["optimizer.safetensors"] = 0.7, ["trainer_state.json"] = 0.02 } do
+      local path = dir .. "/checkpoint-6/" .. name
+      local f = assert(io.open(path))
+      if name:find "state" then share = (f:read "*a":find '"at": %d' + 5) / f:seek() end     -- a digit: it is still JSON
+      f:close()
+      flip(path, share)
+      local ok, message = wane.train.run(model, open(), o)
+      assert.is_nil(ok)
+      assert.matches(("the checkpoint of step 6 cannot be read: .*/checkpoint%%-6/%s is damaged: its checksum is %%x+, expected %%x+"):format(name), message)
+      assert.matches("Remove .*/checkpoint%-6 to go on from .*/checkpoint%-4$", message)
+      flip(dir .. "/checkpoint-4/optimizer.safetensors", 0.9)
+      assert.matches("to go on from .*/checkpoint%-2$", (select(2, wane.train.run(model, open(), o))))
+      flip(dir .. "/checkpoint-4/optimizer.safetensors", 0.9)
+      flip(path, share)
+    end
+    assert.is_true(assert(wane.train.run(model, open(), o)).finished)
+    model:close()
+  end)
+
+  it("goes on from a checkpoint that an older wane wrote, without checksums", function()
+    local model, dir = adapted(), folder()
+    local o = with { max_steps = 2, save_every = 2, out = dir }
+    assert(wane.train.run(model, open(), o))
+    local path = dir .. "/checkpoint-2/trainer_state.json"
+    local state = assert(saves.state(dir .. "/checkpoint-2"))
+    state.xxh64, o.resume = nil, true
+    write(path, cjson.encode(state))
+    assert.is_true(assert(wane.train.run(model, open(), o)).finished)
+    model:close()
+  end)
+
   it("is told at once what makes no sense", function()
     local model = adapted()
     for _, c in ipairs { { { batch_size = 0 }, "batch_size: expected a whole number above 0, found 0" }, { { accumulate = 1.5 }, "accumulate: expected" },

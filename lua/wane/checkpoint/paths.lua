@@ -62,6 +62,28 @@ function M.flush(path)
   core.wait_job(ffi.gc(box[0], C.wane_job_free))
 end
 
+-- ---------------------------------------------------------------- checksums
+
+local function hex(hash) return ("%08x%08x"):format(tonumber(hash / 0x100000000ULL), tonumber(hash % 0x100000000ULL)) end
+
+--- XXH64 of a text.
+-- @param text string
+-- @return string 16 hexadecimal digits
+function M.hash_text(text) return hex(C.wane_hash(text, #text)) end
+
+--- XXH64 of a file's bytes, which are read once, off the main thread.
+-- @param path string
+-- @return string|nil 16 hexadecimal digits, string|nil message, string|nil code
+function M.hash(path)
+  local box, hash = ffi.new "wane_job *[1]", ffi.new "uint64_t[1]"
+  core.check(C.wane_hash_file(box, path))
+  local job = ffi.gc(box[0], C.wane_job_free)
+  local status = core.wait_job(job)
+  if status == 0 then status = C.wane_hash_take(job, hash) end
+  if status < 0 then return core.failure(status) end
+  return hex(hash[0])
+end
+
 -- ---------------------------------------------------------------- links
 
 local function is_below(path, folder) return path:sub(1, #folder + 1) == folder .. "/" end

@@ -134,9 +134,10 @@ end
 
 --- Goes on from the newest checkpoint; nil and why where it belongs to another run.
 function Run:resume()
-  local path, step, older = saves.latest(self.o.out)
+  local path, step = saves.latest(self.o.out)
   if not path then return nil, ("there is no checkpoint in '%s' to resume from"):format(self.o.out) end
   local function damaged(message)
+    local older = saves.whole_before(self.o.out, step)
     return nil, ("the checkpoint of step %d cannot be read: %s%s"):format(step, message, older and (". Remove %s to go on from %s"):format(path, older) or "")
   end
   local state, message = saves.state(path)
@@ -151,7 +152,7 @@ function Run:resume()
     end
   end
   local ok
-  ok, message = saves.read(path, self)                                       -- after the settings: another optimizer's state is no damage
+  ok, message = saves.read(path, self, state)                                -- after the settings: another optimizer's state is no damage
   if not ok then return damaged(message) end
   self.step, self.best, self.stale = state.step, state.best, state.stale or 0
   self.saved = state.step

@@ -4,7 +4,8 @@
 --     checkpoint-N/adapter_config.json, adapter_model.safetensors     the adapter, as PEFT reads it (where one is trained)
 --     checkpoint-N/parameters.safetensors                             every trained tensor, by its name
 --     checkpoint-N/optimizer.safetensors                              moments and step counts
---     checkpoint-N/trainer_state.json                                 step, data position, best result, the run's options
+--     checkpoint-N/trainer_state.json                                 step, data position, best result, the run's options, checksums (XXH64) of
+--                                                                     the two files above and of this one (taken with zeros in its own place)
 --
 -- and best/, the same without the optimizer's and the trainer's. A folder is written as .NAME.part and renamed when it is whole, and renamed to .NAME.old
 -- before its files go; what a kill leaves behind is swept by the next run. One run at a time holds the folder, by the lock of DIR/.lock.
@@ -88,11 +89,10 @@ end
 
 --- The newest checkpoint of a run.
 -- @param dir string the run's folder
--- @return string|nil path, integer|nil step, string|nil path of the one before
+-- @return string|nil path, integer|nil step
 function M.latest(dir)
-  local steps = steps_in(dir)
-  local function path(i) return steps[i] and ("%s/checkpoint-%d"):format(dir, steps[i]) end
-  return path(1), steps[1], path(2)
+  local step = steps_in(dir)[1]
+  if step then return ("%s/checkpoint-%d"):format(dir, step), step end
 end
 
 -- Removes dir/name without a moment in which it is there in part.
@@ -147,6 +147,40 @@ local function write_folder(dir, name, steps)
   return whole
 end
 
+-- ---------------------------------------------------------------- checksums
+
+local SUMMED = { "parameters.safetensors", "optimizer.safetensors" }            -- what a resumed run reads
+local ZEROS = ("0"):rep(16)
+local OWN = '("trainer_state.json": ")%x+'                                      -- no text of the run's options has such quotes in JSON
+
+-- trainer_state.json, with the checksums of the files that are in `part` by now.
+local function write_state(part, state)
+  local sums = {}
+  for _, name in ipairs(SUMMED) do
+    local sum, message, code = paths.hash(part .. "/" .. name)
+    if not sum then return nil, message, code end
+    sums[name] = sum
+  end
+  sums["trainer_state.json"] = ZEROS
+  state.xxh64 = sums
+  local text = json.encode(state)
+  return writer.write_text(part .. "/trainer_state.json", (text:gsub(OWN, "%1" .. paths.hash_text(text), 1)))
+end
+
+local function damaged(path, sum, expected)
+  return nil, ("%s is damaged: its checksum is %s, expected %s"):format(path, sum, expected)
+end
+
+-- Whether the files beside a state are those that it was written with; one of an older wane knows no checksums.
+local function check_files(path, state)
+  for _, name in ipairs(state.xxh64 and SUMMED or {}) do
+    local sum, message = paths.hash(path .. "/" .. name)
+    if not sum then return nil, message end
+    if sum ~= state.xxh64[name] then return damaged(path .. "/" .. name, sum, tostring(state.xxh64[name])) end
+  end
+  return true
+end
+
 --- Writes checkpoint-STEP, then removes the oldest beyond `limit`.
 -- @param dir string the run's folder
 -- @param step integer
@@ -156,7 +190,7 @@ end
 function M.write(dir, step, run, limit)
   local files = trained(run)
   files[#files + 1] = function(part) return run.opt:save(part .. "/optimizer.safetensors") end
-  files[#files + 1] = function(part) return writer.write_text(part .. "/trainer_state.json", json.encode(run.state)) end
+  files[#files + 1] = function(part) return write_state(part, run.state) end
   local whole, message, code = write_folder(dir, "checkpoint-" .. step, files)
   if not whole then return nil, message, code end
   local steps = steps_in(dir)
@@ -176,21 +210,41 @@ function M.write_best(dir, run) return write_folder(dir, "best", trained(run)) e
 function M.state(path)
   local f, message = io.open(path .. "/trainer_state.json")
   if not f then return nil, message end
-  local ok, state = pcall(cjson.decode, f:read "*a")
+  local text = f:read "*a"
   f:close()
+  local ok, state = pcall(cjson.decode, text)
   if not ok then return nil, path .. "/trainer_state.json is no JSON" end
   if type(state) ~= "table" or type(state.settings) ~= "table" or type(state.feed) ~= "table" or type(state.step) ~= "number" then
     return nil, path .. "/trainer_state.json lacks step, feed or settings"
   end
+  if type(state.xxh64) ~= "table" then return state end
+  local sum = paths.hash_text((text:gsub(OWN, "%1" .. ZEROS, 1)))
+  if sum ~= state.xxh64["trainer_state.json"] then return damaged(path .. "/trainer_state.json", sum, tostring(state.xxh64["trainer_state.json"])) end
   return state
 end
 
---- Reads a checkpoint's tensors into a run that was set up as the one that wrote it.
+--- The newest checkpoint before a step that is whole: its files have their checksums.
+-- @param dir string the run's folder
+-- @param step integer
+-- @return string|nil path
+function M.whole_before(dir, step)
+  for _, older in ipairs(steps_in(dir)) do
+    local path = ("%s/checkpoint-%d"):format(dir, older)
+    local state = older < step and M.state(path)
+    if state and check_files(path, state) then return path end
+  end
+end
+
+--- Reads a checkpoint's tensors into a run that was set up as the one that wrote it, once their files have their checksums.
 -- @param path string of a checkpoint-N
 -- @param run table { params, opt }
+-- @param state table of the checkpoint, from state()
 -- @return true|nil, string|nil message
-function M.read(path, run)
-  local saved, message = serialize.load(path .. "/parameters.safetensors")
+function M.read(path, run, state)
+  local whole, saved, message
+  whole, message = check_files(path, state)
+  if not whole then return nil, message end
+  saved, message = serialize.load(path .. "/parameters.safetensors")
   if not saved then return nil, message end
   for _, p in ipairs(run.params) do
     local from = saved[p.name]
