@@ -441,14 +441,29 @@ describe("logs and curves", function()
     assert.matches("^    1│.+[^ ]$", lines[8])
     assert.matches("^ +1 +100$", lines[10])
     assert.equal("", curve.terminal({ { name = "loss", points = {} } }, 60, 8))
-    assert.is_string(curve.terminal({ { name = "loss", points = { { 1, 2 } } } }, 20, 4))
+  end)
+
+  it("a curve of one update has an axis of one step, and a dot", function()
+    local one = { { name = "loss", points = { { 1, 2 } } } }
+    local lines = {}
+    for line in curve.terminal(one, 24, 4):gmatch "[^\n]+" do lines[#lines + 1] = line end
+    assert.equal("    │         ⠈", lines[3])
+    assert.equal("              1", lines[6])
+    local svg = curve.svg(one, "one")
+    assert.matches('<circle cx="384%.0" cy="178%.0"', svg)
+    assert.matches('<text x="384%.0" y="334" text%-anchor="middle">1</text>', svg)
+    assert.equal(1, select(2, svg:gsub('y="334"', "")))
+    -- Steps are whole, however few.
+    svg = curve.svg({ { name = "loss", points = { { 1, 4 }, { 3, 2 } } } }, "three")
+    assert.equal(3, select(2, svg:gsub('y="334"', "")))
   end)
 
   it("and as an SVG with axes, both curves and a title", function()
     local svg = curve.svg({ { name = "loss", points = { { 1, 4 }, { 10, 2 } } }, { name = "held out", points = { { 5, 3 } } } }, "a < b & c")
     assert.matches("^<svg xmlns=", svg)
     assert.matches("a &lt; b &amp; c", svg)
-    assert.equal(2, select(2, svg:gsub("<polyline", "")))
+    assert.equal(1, select(2, svg:gsub("<polyline", "")))
+    assert.equal(1, select(2, svg:gsub("<circle", "")))                   -- a line of one point would not be seen
     assert.matches(">step<", svg)
     assert.matches('points="64%.0,40%.0 704%.0,316%.0"', svg)
     assert.matches("</svg>\n$", svg)

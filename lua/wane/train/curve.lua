@@ -2,7 +2,8 @@
 -- @module wane.train.curve
 local M = {}
 
--- The range of all series: first and last step, least and largest value (apart, even where all are equal).
+-- The range of all series: first and last step, least and largest value; and x0 to x1, y0 to y1 that are apart even where these are not: what is
+-- equal stands in the middle.
 local function range_of(series)
   local r = { x0 = math.huge, x1 = -math.huge, y0 = math.huge, y1 = -math.huge }
   for _, s in ipairs(series) do
@@ -11,7 +12,8 @@ local function range_of(series)
     end
   end
   if r.x0 == math.huge then return nil end
-  if r.x1 == r.x0 then r.x1 = r.x0 + 1 end
+  r.first, r.last = r.x0, r.x1
+  if r.x1 == r.x0 then r.x0, r.x1 = r.x0 - 0.5, r.x1 + 0.5 end
   if r.y1 - r.y0 < 1e-9 then r.y0, r.y1 = r.y0 - 0.5, r.y1 + 0.5 end
   return r
 end
@@ -68,20 +70,21 @@ function M.terminal(series, width, height)
     for x = 0, columns - 1 do parts[#parts + 1] = cells[y * columns + x] and utf8(0x2800 + cells[y * columns + x]) or " " end
     lines[#lines + 1] = (table.concat(parts):gsub("%s+$", ""))
   end
-  local first, last = ("%d"):format(r.x0), ("%d"):format(r.x1)
   lines[#lines + 1] = (" "):rep(label - 1) .. "\226\148\148" .. ("\226\148\128"):rep(columns)
-  lines[#lines + 1] = (" "):rep(label) .. first .. (" "):rep(math.max(1, columns - #first - #last)) .. last
+  local first, last = ("%d"):format(r.first), ("%d"):format(r.last)
+  if first == last then lines[#lines + 1] = (" "):rep(label + math.floor((columns - #first) / 2)) .. first
+  else lines[#lines + 1] = (" "):rep(label) .. first .. (" "):rep(math.max(1, columns - #first - #last)) .. last end
   return table.concat(lines, "\n")
 end
 
 -- ---------------------------------------------------------------- SVG
 
--- About n round numbers in [a, b].
-local function ticks(a, b, n)
+-- About n round numbers in [a, b], `least` apart or more.
+local function ticks(a, b, n, least)
   local raw = (b - a) / n
   local power = 10 ^ math.floor(math.log10(raw))
   local step = raw / power
-  step = (step < 1.5 and 1 or step < 3.5 and 2 or step < 7.5 and 5 or 10) * power
+  step = math.max(least, (step < 1.5 and 1 or step < 3.5 and 2 or step < 7.5 and 5 or 10) * power)
   local list, at = {}, math.ceil(a / step) * step
   while at <= b + step * 1e-6 do
     list[#list + 1] = at
@@ -106,17 +109,18 @@ function M.svg(series, title)
   local out = { ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12" fill="#808080">'):format(W, H),
     ('<text x="%d" y="22" font-size="15">%s</text>'):format(LEFT, escape(title)) }
   local function add(format, ...) out[#out + 1] = format:format(...) end
-  for _, v in ipairs(ticks(r.y0, r.y1, 5)) do
+  for _, v in ipairs(ticks(r.y0, r.y1, 5, 0)) do
     add('<path d="M%d %.1fH%d" stroke="#808080" stroke-opacity="0.25"/>', LEFT, y(v), W - RIGHT)
     add('<text x="%d" y="%.1f" text-anchor="end">%.4g</text>', LEFT - 6, y(v) + 4, v)
   end
-  for _, v in ipairs(ticks(r.x0, r.x1, 8)) do add('<text x="%.1f" y="%d" text-anchor="middle">%.6g</text>', x(v), H - BOTTOM + 18, v) end
+  for _, v in ipairs(ticks(r.x0, r.x1, 8, 1)) do add('<text x="%.1f" y="%d" text-anchor="middle">%.6g</text>', x(v), H - BOTTOM + 18, v) end
   add('<path d="M%d %dV%dH%d" fill="none" stroke="#808080"/>', LEFT, TOP, H - BOTTOM, W - RIGHT)
   add('<text x="%d" y="%d" text-anchor="middle">step</text>', (LEFT + W) / 2, H - 8)
   for i, s in ipairs(series) do
     local colour, points = colours[(i - 1) % #colours + 1], {}
     for k, p in ipairs(s.points) do points[k] = ("%.1f,%.1f"):format(x(p[1]), y(p[2])) end
-    if #points > 0 then add('<polyline points="%s" fill="none" stroke="%s" stroke-width="1.6"/>', table.concat(points, " "), colour) end
+    if #points == 1 then add('<circle cx="%.1f" cy="%.1f" r="2.5" fill="%s"/>', x(s.points[1][1]), y(s.points[1][2]), colour)
+    elseif #points > 1 then add('<polyline points="%s" fill="none" stroke="%s" stroke-width="1.6"/>', table.concat(points, " "), colour) end
     add('<text x="%d" y="22" fill="%s" text-anchor="end">%s</text>', W - RIGHT - (#series - i) * 80, colour, escape(s.name))
   end
   out[#out + 1] = "</svg>\n"
