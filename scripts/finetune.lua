@@ -78,7 +78,7 @@ local function check(args)
   if not make then cli.usage("--optim: %s", message) end
   local ok
   ok, message = pcall(function()
-    require("wane.optim.schedule").new(args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = args.num_decay_steps, min_lr = args.min_lr })(0)
+    require("wane.optim.schedule").new(args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = args.num_decay_steps, min_lr = args.min_lr })
   end)
   if not ok then cli.usage("--schedule: %s", (tostring(message):gsub("^.-schedule: ", ""))) end
   cli.load_options(args)                                                     -- says what is wrong with the model's own

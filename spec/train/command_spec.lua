@@ -64,7 +64,8 @@ describe("wane finetune", function()
     end
     for _, c in ipairs { { "--save-total-limit 0", "--save%-total%-limit: a number above 0" },
       { "--patience 1 --eval-data " .. rows_path, "needs %-%-eval%-every" },
-      { "--schedule warmup_stable_decay", "needs num_decay_steps" }, { "--epochs 0", "--epochs: a number above 0" } } do
+      { "--schedule warmup_stable_decay", "needs num_decay_steps.*%-%-num%-decay%-steps" },
+      { "--schedule cosine_with_min_lr", "needs min_lr.*%-%-min%-lr" }, { "--epochs 0", "--epochs: a number above 0" } } do
       local _, err, status = run(("%s --max-steps 1 %s --out %s"):format(base, c[1], dir))
       assert.equal(2, status, c[1])
       assert.matches(c[2], err)

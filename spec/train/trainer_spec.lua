@@ -379,6 +379,11 @@ describe("a run that fails", function()
   it("is told at once what makes no sense", function()
     local model = adapted()
     for _, c in ipairs { { { batch_size = 0 }, "batch_size: expected a whole number above 0, found 0" }, { { accumulate = 1.5 }, "accumulate: expected" },
+      { { epochs = 0 }, "epochs: expected a number above 0, found 0" }, { { epochs = -1, max_steps = 2 }, "epochs: expected" },
+      { { epochs = 0 / 0 }, "epochs: expected" }, { { max_steps = 0 }, "max_steps: expected a whole number above 0, found 0" },
+      { { max_steps = -3 }, "max_steps:" },
+      { { schedule = "cosine_with_min_lr" }, "cosine_with_min_lr needs min_lr" },
+      { { schedule = "warmup_stable_decay" }, "warmup_stable_decay needs num_decay_steps" },
       { { save_total_limit = 0 }, "save_total_limit: expected" }, { { patience = 1, eval_rows = open() }, "it needs eval_every" },
       { { eval_every = 1 }, "need eval_rows" } } do
       assert.error_matches(function() wane.train.run(model, open(), with(c[1])) end, c[2])

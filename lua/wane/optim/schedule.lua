@@ -25,7 +25,7 @@ function kinds.cosine_with_restarts(t, o)
   return math.max(0, 0.5 * (1 + math.cos(math.pi * (((o.num_cycles or 1) * p) % 1))))
 end
 function kinds.cosine_with_min_lr(t, o)
-  local least = o.min_lr_rate or (o.min_lr or 0) / o.lr
+  local least = o.min_lr_rate or o.min_lr / o.lr
   return math.max(0, 0.5 * (1 + math.cos(math.pi * (o.num_cycles or 0.5) * 2 * progress(t, o))) * (1 - least) + least)
 end
 function kinds.polynomial(t, o)
@@ -40,7 +40,7 @@ function kinds.inverse_sqrt(t, o)
 end
 -- Warm up, stay, go down by a cosine.
 function kinds.warmup_stable_decay(t, o)
-  local decay = o.num_decay_steps or core.raise "schedule: warmup_stable_decay needs num_decay_steps"
+  local decay = o.num_decay_steps
   local stable, least = o.num_stable_steps or o.total_steps - o.warmup_steps - decay, o.min_lr_ratio or 0
   if t < o.warmup_steps + stable then return 1 end
   if t < o.warmup_steps + stable + decay then
@@ -50,11 +50,25 @@ function kinds.warmup_stable_decay(t, o)
   return least
 end
 
+-- What a kind cannot do without, as upstream: any of some options, and what they are.
+local needs = {
+  cosine_with_min_lr = { "min_lr", "min_lr_rate", text = "min_lr, the rate at the end (--min-lr on the command line), or min_lr_rate, its share of lr" },
+  warmup_stable_decay = { "num_decay_steps", text = "num_decay_steps, the updates in which the rate falls (--num-decay-steps on the command line)" },
+}
+
+-- Raises where `o` lacks what its kind needs: at once, not at the update that would ask for it.
+local function check_needs(name, o)
+  local given = 0
+  for _, key in ipairs(needs[name] or {}) do given = given + (o[key] ~= nil and 1 or 0) end
+  if needs[name] and given == 0 then core.raise("schedule: %s needs %s", name, needs[name].text) end
+  if given > 1 then core.raise("schedule: %s takes one of %s", name, table.concat(needs[name], " and ")) end
+end
+
 --- The learning rate as a function of the update.
 -- @param name string linear, cosine, constant, constant_with_warmup, inverse_sqrt, cosine_with_restarts, polynomial, cosine_with_min_lr,
 --   warmup_stable_decay
--- @param o table { lr, total_steps, warmup_steps = 0 (below 1: a share of total_steps), and the kind's own: num_cycles, power, lr_end, min_lr,
---   timescale, num_decay_steps, min_lr_ratio }
+-- @param o table { lr, total_steps, warmup_steps = 0 (below 1: a share of total_steps), and the kind's own: num_cycles, power, lr_end, min_lr or
+--   min_lr_rate, timescale, num_decay_steps, min_lr_ratio }
 -- @return function(t) -> number, t from 0
 function M.new(name, o)
   local kind = kinds[name]
@@ -65,6 +79,7 @@ function M.new(name, o)
     core.raise("schedule: there is no '%s'; there are %s", tostring(name), table.concat(known, ", "))
   end
   if type(o.lr) ~= "number" or o.lr < 0 then core.raise("schedule: expected a learning rate, found %s", tostring(o.lr)) end
+  check_needs(name, o)
   local p = {}
   for key, value in pairs(o) do p[key] = value end
   p.warmup_steps = p.warmup_steps or 0

@@ -40,6 +40,9 @@ local function options_of(given)
       core.raise("train.run: %s: expected a whole number above 0, found %s", key, tostring(n))
     end
   end
+  if type(o.epochs) ~= "number" or not (o.epochs > 0 and o.epochs < math.huge) then
+    core.raise("train.run: epochs: expected a number above 0, found %s", tostring(o.epochs))
+  end
   if (o.patience or o.eval_every) and not o.eval_rows then core.raise "train.run: eval_every and patience need eval_rows" end
   if o.patience and not o.eval_every then core.raise "train.run: patience counts evaluations: it needs eval_every" end
   return o
