@@ -52,6 +52,12 @@ end
 -- What a folder may hold that a result would overwrite: an earlier run's, or a model's.
 local RESULTS = { "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json", "best" }
 
+-- Which of these a folder holds, or nil.
+local function earlier_result(dir)
+  local C = require("wane.core").C
+  for _, name in ipairs(RESULTS) do if C.wane_path_kind(dir .. "/" .. name) ~= C.WANE_PATH_NONE then return name end end
+end
+
 -- Wrong usage is told before anything is read.
 local function check(args)
   for _, option in ipairs { "model", "data", "out" } do if not args[option] then cli.usage("--%s is missing", option) end end
@@ -60,12 +66,8 @@ local function check(args)
   end
   local earlier = not args.resume and require("wane.train").saves.latest(args.out)
   if earlier then cli.usage("--out: %s is of an earlier run; --resume goes on from it", earlier) end
-  local C = require("wane.core").C
-  for _, name in ipairs(args.resume and {} or RESULTS) do
-    if C.wane_path_kind(args.out .. "/" .. name) ~= C.WANE_PATH_NONE then
-      cli.usage("--out: '%s' holds %s, an earlier result's or a model's: choose another folder, or remove it", args.out, name)
-    end
-  end
+  local result = not args.resume and earlier_result(args.out)
+  if result then cli.usage("--out: '%s' holds %s, an earlier result's or a model's: choose another folder, or remove it", args.out, result) end
   if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
   if args.max_length == 1 then cli.usage "--max-length: a number above 1 was expected: a single token has nothing to predict" end
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
@@ -138,7 +140,11 @@ end
 local function log_path(args) return args.log or args.out .. "/log.jsonl" end
 local function look(args)
   local train = require "wane.train"
-  if args.resume and not train.saves.latest(args.out) then cli.fail("there is no checkpoint in '%s' to resume from", args.out) end
+  if args.resume and not train.saves.latest(args.out) then
+    local result = earlier_result(args.out)
+    cli.fail("there is no checkpoint in '%s' to resume from%s", args.out, result and (", but an earlier result (" .. result
+      .. "): without --save-every a run leaves nothing to go on from") or "")
+  end
   local rows, held_out = scan(args.data, args), scan(args.eval_data, args)
   cli.check(train.saves.holding(args.out, function() return train.log.can_write(log_path(args)) end))
   return rows, held_out
@@ -195,11 +201,20 @@ local function show_curve(result, args)
   if not args.json then print(curve.terminal(result.curve, math.min(tonumber(os.getenv "COLUMNS") or 80, 120), 10)) end
 end
 
+-- What a resumed run says that had nothing left to do.
+local function tell_finished(result, args)
+  local why = ""
+  if result.stopped == "early" then
+    why = (": it stopped early, %d evaluations after the best one (step %d, held-out loss %.4f); a larger --patience goes on"):format(result.stale,
+      result.best.step, result.best.eval_loss)
+  end
+  cli.note("'%s' was finished already, with %d updates%s", args.out, result.steps, why)
+end
+
 local function tell(result, report, args)
   if result.after then
     print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
   end
-  if result.finished then cli.note("'%s' was finished already: %d updates", args.out, result.steps) end
   print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
     cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
 end
@@ -222,8 +237,9 @@ cli.run(parser, function(args)
     if r.truncated > 0 then cli.note("%d row(s)%s cut to --max-length", r.truncated, of) end
   end
   local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
-    peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best,
+    peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best, finished = result.finished,
     perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }
+  if result.finished then tell_finished(result, args) end
   if args.json then cli.json(report) else tell(result, report, args) end
   if result.signal then                                                      -- a script should not take this for a whole run
     io.stdout:flush()

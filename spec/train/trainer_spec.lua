@@ -133,7 +133,7 @@ describe("a run", function()
     best:close()
     local again = assert(wane.train.run(model, open(), with { out = dir, lr = 0.3, max_steps = 60, save_every = 2, save_total_limit = 2, eval_rows = held_out,
       eval_every = 2, patience = 2, schedule = "constant", warmup_steps = 0, resume = true }))
-    assert.same({ "early", result.steps }, { again.stopped, again.steps })          -- what stopped does not train on
+    assert.same({ "early", result.steps, true, 2 }, { again.stopped, again.steps, again.finished, again.stale })      -- what stopped does not train on
     model:close()
   end)
 

@@ -263,8 +263,11 @@ function Run:look()
     return false
   end
   self.stale = self.stale + 1
-  return o.patience ~= nil and self.stale >= o.patience
+  return self:is_stale()
 end
+
+--- Whether so many evaluations brought no gain that the run ends.
+function Run:is_stale() return self.o.patience ~= nil and self.stale >= self.o.patience end
 
 local function due(step, every) return every and every > 0 and step % every == 0 end
 
@@ -272,7 +275,7 @@ local function due(step, every) return every and every > 0 and step % every == 0
 -- @return string|nil why it stopped before
 function Run:go()
   local o = self.o
-  local stopped = o.patience and self.stale >= o.patience and "early" or nil
+  local stopped = self:is_stale() and "early" or nil
   local function finish()
     local record = self.pending
     self.pending = nil
@@ -316,7 +319,7 @@ local function run(model, rows, o)
   local log, message = logs.open(o.log, o.resume and self.step or nil)
   if not log then return nil, message, "io" end
   self.log = log
-  local finished = self.step >= o.total_steps
+  local finished = self.step >= o.total_steps or self:is_stale()
   local ok, stopped = pcall(self.go, self)
   if not ok then
     local kept = self:rescue()
@@ -330,7 +333,8 @@ local function run(model, rows, o)
   local loss = self.last and self.last.loss
   for i = #records, 1, -1 do loss = loss or type(records[i].loss) == "number" and records[i].loss end
   return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
-    tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stopped = stopped, records = records,
+    tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stale = self.stale, stopped = stopped,
+    records = records,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
 end
 
@@ -343,8 +347,9 @@ end
 --   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
 --   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
 --   fingerprint = any text that a resumed run must share, held = true where the caller holds `out` already (wane.train.saves.holding) }
--- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stopped = "cancelled" | "early" | nil,
---   records = the log's, finished = true where a resumed run had no update left }, string|nil message; an error raised by a later update leaves a
+-- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stale = evaluations since, stopped =
+--   "cancelled" | "early" | nil, records = the log's, finished = true where a resumed run had no update left (stopped = "early": it had no patience
+--   left) }, string|nil message; an error raised by a later update leaves a
 --   checkpoint of the one before it in `out`
 function M.run(model, rows, given)
   local o = options_of(given)
