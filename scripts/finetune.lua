@@ -118,19 +118,60 @@ local function live(args)
   end, function() io.stderr:write("\r", (" "):rep(width), "\r") end
 end
 
+-- ---------------------------------------------------------------- what makes another run
+
 -- What a resumed run must have been started with, beside what the trainer compares.
-local function fingerprint(args, rows)
-  local parts = { ("rows %d"):format(rows.count) }
-  for _, name in ipairs { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
-    "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable",
-    "num_decay_steps", "min_lr" } do
-    local value = args[name]
-    if type(value) == "table" then value = #value > 0 and table.concat(value, " ") or nil end
-    if name == "model" or name == "data" then value = value:gsub("(.)/+$", "%1") end
-    if value ~= nil then parts[#parts + 1] = ("%s %s"):format(name, tostring(value)) end
+local SETTINGS = { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
+  "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable",
+  "num_decay_steps", "min_lr" }
+local LISTS = { skip = true, target_modules = true, modules_to_save = true }
+
+-- The names of a list in one order, each once.
+local function in_order(text)
+  local list, seen = {}, {}
+  for name in text:gmatch "[^,%s]+" do
+    if not seen[name] then list[#list + 1] = name end
+    seen[name] = true
+  end
+  table.sort(list)
+  return table.concat(list, " ")
+end
+
+-- What options are when nobody gives them. --lora-r is more than a default beside --trainable: it asks for an adapter.
+local function defaults_of(model, args)
+  local modules = require("wane.lora.targets").defaults[model.family.name]
+  return { text_field = "text", bad_rows = "fail", max_length = 512, quant = "none", block_size = args.quant == "int8-blockwise" and 4096 or 64,
+    threshold = 6, compute = model.default_compute, lora_r = not args.trainable and 8 or nil, lora_alpha = 16, lora_dropout = 0,
+    target_modules = modules and in_order(table.concat(modules, " ")), bias = "none" }
+end
+
+-- One text for all ways to say the same: lists in one order, and nothing that is as if nobody had given it.
+local function canonical(text, defaults)
+  local parts = {}
+  for name, value in (text .. ", "):gmatch "(%S+) (.-), " do
+    if LISTS[name] then value = in_order(value) end
+    if value ~= tostring(defaults[name]) then parts[#parts + 1] = name .. " " .. value end
   end
   return table.concat(parts, ", ")
 end
+
+-- The settings as a text: the checkpoint's own where that says the same in other words, as older versions wrote it.
+local function fingerprint(model, args, rows)
+  local parts, defaults, saves = { ("rows %d"):format(rows.count) }, defaults_of(model, args), require("wane.train").saves
+  for _, name in ipairs(SETTINGS) do
+    local value = args[name]
+    if type(value) == "table" then value = table.concat(value, " ") end
+    if LISTS[name] then value = in_order(value or "") end
+    if name == "model" or name == "data" then value = value:gsub("(.)/+$", "%1") end
+    if value ~= nil and value ~= "" then parts[#parts + 1] = ("%s %s"):format(name, tostring(value)) end
+  end
+  local is, path = canonical(table.concat(parts, ", "), defaults), args.resume and saves.latest(args.out)
+  local state = path and saves.state(path)
+  local was = state and state.settings.fingerprint
+  return type(was) == "string" and canonical(was, defaults) == is and was or is
+end
+
+-- ---------------------------------------------------------------- the run
 
 -- What can fail without a model fails before it is loaded, and leaves nothing: the data as far as no tokenizer is needed, the folder, the log.
 local function scan(path, args)
@@ -151,14 +192,14 @@ local function look(args)
 end
 
 -- What the trainer is told. --out is held by then, until the result is in it.
-local function run_options(args, rows)
+local function run_options(model, args, rows)
   return {
     lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
     epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
     schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
     checkpointing = args.checkpointing or false, out = args.out, held = true, save_every = args.save_every, save_total_limit = args.save_total_limit,
     resume = args.resume, log = log_path(args), eval_every = args.eval_every, patience = args.patience,
-    cancelled = cli.interrupted, fingerprint = fingerprint(args, rows),
+    cancelled = cli.interrupted, fingerprint = fingerprint(model, args, rows),
   }
 end
 
@@ -169,7 +210,7 @@ local function train(model, tok, args, rows, held_out, save)
   local pad = tok and tok.pad_id or 0
   local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
   local before = not args.resume and evaluate() or nil
-  local options, draw, clear = run_options(args, rows), live(args)
+  local options, draw, clear = run_options(model, args, rows), live(args)
   options.eval_rows, options.pad, options.on_update = args.eval_every and held_out, pad, draw
   cli.patient()
   local result = cli.check(wane.train.saves.holding(args.out, function()

@@ -241,7 +241,8 @@ local function read(path, scheme, opts, ckpt)
   model.report = report_of(tree, ckpt, missing, warnings)
   model.path, model.scheme, model.generation_config, model.warnings = path, scheme or ckpt.quant, ckpt.generation_config or {}, warnings
   model.source_config, model.config_text = ckpt.config, ckpt.config_text      -- what save() writes, rather than the completed one
-  return model:set_compute(opts.compute or (scheme and scheme.compute) or M.default_compute(model, ckpt))
+  model.default_compute = M.default_compute(model, ckpt)
+  return model:set_compute(opts.compute or (scheme and scheme.compute) or model.default_compute)
 end
 
 -- A folder's own name as an adapter's.

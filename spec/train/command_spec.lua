@@ -263,6 +263,42 @@ describe("wane finetune", function()
     assert.matches("there is no checkpoint in .* but an earlier result %(adapter_config.json%)", err)
   end)
 
+  it("resumes with the same options in other words: lists in another order, defaults given", function()
+    local plain = ("%s finetune --model %sllama --data %s --quant nf4 --lr 1e-2 --max-steps 6 --save-every 3"):format(bin, golden.root, rows_path)
+    local given = " --lora-r 8 --lora-alpha 16 --lora-dropout 0.0 --bias none --max-length 512 --bad-rows fail --block-size 64 --compute bf16 --optim adamw "
+      .. "--schedule linear --warmup-steps 0 --clip 1.0 --accumulate 1 --seed 42 --weight-decay 0"
+    for _, c in ipairs { { plain .. given .. " --target-modules q_proj,v_proj,o_proj", plain .. " --target-modules o_proj,v_proj,q_proj,v_proj" },
+      { plain, plain .. given .. " --target-modules v_proj,q_proj" } } do
+      local dir = folder()
+      local _, err, status = run(c[1] .. " --out " .. dir)
+      assert.equal(0, status, err)
+      local want = adapter(dir)
+      os.execute(("rm -r %s/checkpoint-6"):format(dir))
+      _, err, status = run(c[2] .. " --resume --out " .. dir)
+      assert.equal(0, status, err)
+      assert.same(want, adapter(dir))
+      -- As an older version wrote it.
+      os.execute(("rm -r %s/checkpoint-6"):format(dir))
+      local path = dir .. "/checkpoint-3/trainer_state.json"
+      local f = assert(io.open(path))
+      local state = cjson.decode(f:read "*a")
+      f:close()
+      local text = state.settings.fingerprint:gsub("nf4", "%0, lora_r 8")
+      state.settings.fingerprint, state.xxh64 = text:gsub("target_modules .*", "target_modules v_proj,q_proj,o_proj"), nil
+      f = assert(io.open(path, "w"))
+      f:write(cjson.encode(state))
+      f:close()
+      _, err, status = run(c[1] .. " --resume --out " .. dir)
+      assert.equal(0, status, err)
+      assert.same(want, adapter(dir))
+      for option, pattern in pairs { ["--lora-r 4"] = "lora_r 4", ["--compute f32"] = "compute f32" } do
+        _, err, status = run(("%s %s --resume --out %s"):format(plain, option, dir))
+        assert.equal(1, status)
+        assert.matches("belongs to a run with the settings = .*; this one has .*" .. pattern, err)
+      end
+    end
+  end)
+
   it("refuses a folder in which another run is at work, and resumes at once when that one is killed", function()
     if os.getenv "WANE_SANITIZER" then return pending "takes its time" end
     local dir = folder()
