@@ -18,19 +18,20 @@ enum { LOCK_PAUSE = 20 * 1000 * 1000 /* ns between two tries */ };
 struct wane_lock { char *path; int fd; pid_t pid; };
 typedef struct taking { wane_lock *lock; int64_t patience; } taking;
 
+static int is_at(int fd, const char *path) {
+  struct stat ours, named;
+  return !fstat(fd, &ours) && !stat(path, &named) && ours.st_dev == named.st_dev && ours.st_ino == named.st_ino;
+}
+
 void wane_lock_free(wane_lock *l) {
   if (!l) return;
   if (l->fd >= 0) {
-    if (l->pid == getpid()) unlink(l->path);     /* a forked child's finalizer leaves the parent's lock alone */
+    /* Not a forked child's finalizer, and not the file of another who found the folder removed and made it again. */
+    if (l->pid == getpid() && is_at(l->fd, l->path)) unlink(l->path);
     close(l->fd);
   }
   wane_release(l->path);
   wane_release(l);
-}
-
-static int is_at(int fd, const char *path) {
-  struct stat ours, named;
-  return !fstat(fd, &ours) && !stat(path, &named) && ours.st_dev == named.st_dev && ours.st_ino == named.st_ino;
 }
 
 /* WANE_OK with l->fd open and locked, WANE_PENDING where another holds it, or an error. */

@@ -258,6 +258,12 @@ describe("a run's folder", function()
     write(dir .. "/.lock", "1 on a machine that is off")                  -- of a run that was killed
     assert.is_true(nested())
     assert.same({ "result" }, paths.list(dir))
+    assert.is_true(saves.holding(dir, function()                          -- removed under a run, and made again by another
+      os.execute(("rm -r %s && mkdir %s && echo theirs >%s/.lock"):format(dir, dir, dir))
+      return true
+    end))
+    assert.same({ ".lock" }, paths.list(dir))
+    write(dir .. "/result", "x")
     assert.matches("cannot write in the folder '.*/result/x'", select(2, saves.holding(dir .. "/result/x", nested)))
   end)
 
