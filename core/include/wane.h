@@ -419,7 +419,7 @@ WANE_API int wane_attention_train(wane_stream *s, wane_handle *out, wane_handle 
                                   const wane_handle *key_mask, const wane_handle *bias, const wane_handle *first, const wane_attention_options *options);
 /* Its gradient, from out and lse as it gave them: dq [B, T, H, D] in q's dtype; dk, dv [B, kv_length, KV, D], contiguous, in those of k and v; dbias
  * (NULL where it is not wanted) f32 in bias's own shape, summed over what the bias was repeated over. Blockwise, the weights are computed again
- * (Dao 2022): nothing of size [T, keys] is kept, unless dbias is wanted. */
+ * (Dao 2022): nothing of size [T, keys] is kept but dbias itself. */
 WANE_API int wane_attention_backward(wane_stream *s, wane_handle *dq, wane_handle *dk, wane_handle *dv, wane_handle *dbias, const wane_handle *dout,
                                      const wane_handle *out, const wane_handle *lse, const wane_handle *q, const wane_handle *k, const wane_handle *v,
                                      const wane_handle *key_mask, const wane_handle *bias, const wane_handle *first, const wane_attention_options *options);

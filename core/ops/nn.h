@@ -34,12 +34,12 @@ static inline int64_t wane_attention_partial(int64_t D) { return (D + 15) / 16 *
 
 /* The workspace of attention's gradient, in floats: where its parts begin. Rows are `wide` apart (whole vectors, and whole pairs of tiles, of every
  * instruction set); each head's dk and dv have `keys` rows, whole blocks. */
-typedef struct wane_attention_places { int64_t wide, keys, delta, dq, dk, dv, kept; } wane_attention_places;
+typedef struct wane_attention_places { int64_t wide, keys, delta, dq, dk, dv, floats; } wane_attention_places;
 static inline wane_attention_places wane_attention_place(int64_t heads, int64_t T, int64_t keys, int64_t D) {
   wane_attention_places l = { (D + 31) / 32 * 32, (keys + WANE_ATTENTION_KEYS - 1) / WANE_ATTENTION_KEYS * WANE_ATTENTION_KEYS, 0, (heads * T + 15) / 16 * 16, 0, 0, 0 };
   l.dk = l.dq + heads * T * l.wide;
   l.dv = l.dk + heads * l.keys * l.wide;
-  l.kept = l.dv + heads * l.keys * l.wide;
+  l.floats = l.dv + heads * l.keys * l.wide;
   return l;
 }
 #endif

@@ -170,32 +170,39 @@ int wane_attention_train(wane_stream *s, wane_handle *out, wane_handle *lse, con
 /* ---------------------------------------------------------------- gradient */
 
 /* Floats of the workspace. -1 on overflow. */
-static int64_t back_floats(const operands *a, int64_t keys, int wants_bias) {
-  int64_t heads = a->q->shape[0] * a->q->shape[2], T = a->q->shape[1], D = a->q->shape[3], rows, all, kept;
-  if (__builtin_mul_overflow(heads, T + 2 * (keys + WANE_ATTENTION_KEYS), &rows) || __builtin_mul_overflow(rows, D + 64, &all) ||
-      __builtin_mul_overflow(heads * T, keys, &kept)) return -1;
-  return wane_attention_place(heads, T, keys, D).kept + (wants_bias ? kept : 0);
+static int64_t back_floats(const operands *a, int64_t keys) {
+  int64_t heads = a->q->shape[0] * a->q->shape[2], T = a->q->shape[1], D = a->q->shape[3], rows, all;
+  if (__builtin_mul_overflow(heads, T + 2 * (keys + WANE_ATTENTION_KEYS), &rows) || __builtin_mul_overflow(rows, D + 64, &all)) return -1;
+  return wane_attention_place(heads, T, keys, D).floats;
+}
+
+/* Lets phase 1 add up dbias, which holds zeros. */
+static void add_bias(wane_op *op, const wane_tensor *dbias) {
+  op->p[10] = dbias->data;
+  op->i[5] = 1;
+  for (int i = 3, j = dbias->ndim - 1; i >= 0; i--, j--) op->stride[i][4] = j < 0 || dbias->shape[j] == 1 ? 0 : dbias->stride[j];
 }
 
 /* Enqueues the phases. made: dq, dk, dv, dbias. */
 static int backward(wane_stream *s, const operands *a, const wane_attention_options *o, const wane_tensor *dout, wane_tensor *out, const wane_tensor *lse,
                     wane_tensor *const made[4]) {
-  int64_t B = a->q->shape[0], T = a->q->shape[1], H = a->q->shape[2], D = a->q->shape[3], keys = o->kv_length, floats = back_floats(a, keys, made[3] != NULL);
+  int64_t B = a->q->shape[0], T = a->q->shape[1], H = a->q->shape[2], D = a->q->shape[3], keys = o->kv_length, floats = back_floats(a, keys);
   wane_storage *hold = NULL;
   if (floats < 0 || floats > INT64_MAX / 8) return wane_fail(WANE_E_SHAPE, "attention_backward: q %s and k %s are too large", wane_shape_text(a->q), wane_shape_text(a->k));
   void *work = wane_workspace(s, (size_t)floats * sizeof(float), &hold);
   if (!work) return WANE_E_MEMORY;
-  wane_tensor *const target[4] = { out, made[0], made[1], made[3] };
-  for (int phase = 0; phase < (made[3] ? 4 : 3); phase++) {
+  wane_tensor *const target[3] = { out, made[0], made[1] };
+  for (int phase = 0; phase < 3; phase++) {
     wane_op *op = wane_op_new(s, WANE_OP_ATTENTION_BACKWARD);
     fill(op, a, o, target[phase], 0, 0, work, lse);
     op->p[9] = dout->data;
-    op->i[4] = phase; op->i[5] = made[3] != NULL;
+    op->i[4] = phase;
+    if (made[3]) add_bias(op, made[3]);
     if (phase == 2) op->p[1] = made[2]->data;
-    if (phase == 3) for (int i = 3, j = made[3]->ndim - 1; i >= 0; i--, j--) op->stride[3][i] = j < 0 || made[3]->shape[j] == 1 ? 0 : made[3]->stride[j];
-    op->nchunks = phase == 0 ? wane_chunks(B * T * H, 1 + (64 << 10) / (D + 1)) : phase == 1 ? (uint32_t)(B * H < CHUNKS_SPLIT ? B * H : CHUNKS_SPLIT)
-                : phase == 2 ? wane_chunks(B * keys, 1 + (32 << 10) / (H * D + 1)) : op->stride[3][1] ? (uint32_t)(H < 64 ? H : 64) : 1;
-    wane_op_push(s, op, phase ? target[phase] : NULL, phase == 2 ? made[2] : NULL);
+    int64_t units = made[3] ? op->stride[1][4] ? H : 1 : B * H;
+    op->nchunks = phase == 0 ? wane_chunks(B * T * H, 1 + (64 << 10) / (D + 1)) : phase == 1 ? (uint32_t)(units < CHUNKS_SPLIT ? units : CHUNKS_SPLIT)
+                : wane_chunks(B * keys, 1 + (32 << 10) / (H * D + 1));
+    wane_op_push(s, op, phase ? target[phase] : NULL, phase == 1 ? made[3] : phase == 2 ? made[2] : NULL);
   }
   wane_storage_unref(hold);
   return WANE_OK;
@@ -234,8 +241,9 @@ int wane_attention_backward(wane_stream *s, wane_handle *dq, wane_handle *dk, wa
     t[2] = t[1] ? wane_make(s, &made[2], a.v->dtype, 4, shape) : NULL;
     if (t[2] && dbias) t[3] = wane_make(s, &made[3], WANE_F32, a.bias->ndim, a.bias->shape);
     if (!t[2] || (dbias && !t[3])) status = WANE_E_MEMORY;
-    else if (wane_numel(a.q) > 0 && o->kv_length > 0) status = backward(s, &a, o, dout, out, lse, t);
-    else for (int i = 0; i < 4 && !status; i++) if (t[i]) status = wane_fill(s, &made[i], 0.0);
+    int some = wane_numel(a.q) > 0 && o->kv_length > 0;
+    for (int i = some ? 3 : 0; i < 4 && !status; i++) if (t[i]) status = wane_fill(s, &made[i], 0.0);
+    if (!status && some) status = backward(s, &a, o, dout, out, lse, t);
   }
   for (int i = 0; i < 3; i++) wane_tensor_free(&tmp[i]);
   operands_close(&a);

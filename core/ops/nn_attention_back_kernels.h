@@ -5,10 +5,10 @@
  *
  * The record is WANE_OP_ATTENTION's (p 0 to 8, n, stride, f, i 0 to 3) with i 4 = phase; p 6 is the workspace, see wane_attention_places. Phases:
  *   0  delta                p 0 out, 9 dout. Chunks: rows
- *   1  dq, and each query head's dk and dv into the workspace. p 0 dq, 9 dout. Chunks: (b, head), keys in the outer loop
- *   2  dk and dv            p 0 dk, 1 dv [B, keys, KV, D]: sums over the heads that share a kv head. Chunks: keys
- *   3  dbias                p 0 dbias f32, stride 3 its own: sums of dS over what the bias was repeated over. Chunks: heads (all in one where
- *                           the bias repeats over them) */
+ *   1  dq, and each query head's dk and dv into the workspace. p 0 dq, 9 dout. Chunks: (b, head), keys in the outer loop. i 5: dbias too, p 10, f32, zeros
+ *      before, which dS is added to; stride k 4 is its own of dimension k, 0 where the bias repeats. Chunks are heads then, one for all where it
+ *      repeats over them, so that no sum depends on who was first
+ *   2  dk and dv            p 0 dk, 1 dv [B, keys, KV, D]: sums over the heads that share a kv head. Chunks: keys */
 #ifndef WANE_NN_ATTENTION_BACK_KERNELS_H
 #define WANE_NN_ATTENTION_BACK_KERNELS_H
 #include "nn_attention_kernels.h"
@@ -103,14 +103,17 @@ static void back_weights(back_block *z, int64_t j0, int n) {
   }
 }
 
-/* Keeps dS of a row for dbias. */
-static void back_note(const back_block *z, int64_t r, int64_t j0, int n, float *kept) {
+/* Adds dS of a row to dbias. */
+static void back_note(const back_block *z, int64_t r, int64_t j0, int n) {
   const wane_op *op = z->a.op;
-  memcpy(kept + ((z->a.b * op->n[1] + z->a.head) * op->n[3] + z->a.row0 + r) * op->n[5] + j0, z->ds + r * KEYS, (size_t)n * sizeof(float));
+  const float *ds = z->ds + r * KEYS;
+  int64_t step = op->stride[3][4];
+  float *to = (float *)op->p[10] + z->a.b * op->stride[0][4] + z->a.head * op->stride[1][4] + (z->a.row0 + r) * op->stride[2][4] + j0 * step;
+  for (int j = 0; j < n; j++) to[j * step] += ds[j];
 }
 
 /* ds, times what q was divided by, so that dK = dsᵀ q and dQ = scale of q * ds k. */
-static void back_scores(back_block *z, int64_t j0, int n, const float *delta, float *kept) {
+static void back_scores(back_block *z, int64_t j0, int n, const float *delta) {
   attention_block *a = &z->a;
   int capped = a->op->f[1] != 0.0f;
   back_product(z->dout, a->DP, z->vt, KEYS, z->ds, KEYS, a->D, KEYS, a->rows, 0);
@@ -121,7 +124,7 @@ static void back_scores(back_block *z, int64_t j0, int n, const float *delta, fl
       float *ds = z->ds + r * KEYS + j;
       vf_store(ds, vf_mul(vf_load(z->p + r * KEYS + j), vf_sub(vf_load(ds), d)));
     }
-    if (kept) back_note(z, r, j0, n, kept);
+    if (a->op->i[5]) back_note(z, r, j0, n);
     for (int j = 0; j < KEYS; j += VW) {
       float *ds = z->ds + r * KEYS + j;
       vf v = vf_mul(vf_load(ds), factor);
@@ -131,11 +134,11 @@ static void back_scores(back_block *z, int64_t j0, int n, const float *delta, fl
 }
 
 /* One block of rows against one block of keys. */
-static void back_meet(back_block *z, int64_t j0, int n, const float *delta, float *kept) {
+static void back_meet(back_block *z, int64_t j0, int n, const float *delta) {
   attention_block *a = &z->a;
   int64_t rows = a->rows, padded = (rows + VW - 1) / VW * VW, wide = a->DP;
   back_weights(z, j0, n);
-  back_scores(z, j0, n, delta, kept);
+  back_scores(z, j0, n, delta);
   memset(z->p + rows * KEYS, 0, (size_t)(padded - rows) * KEYS * sizeof(float));
   memset(z->ds + rows * KEYS, 0, (size_t)(padded - rows) * KEYS * sizeof(float));
   back_transpose(z->p, padded, z->pt);
@@ -187,14 +190,13 @@ static void back_head(const wane_op *op, int64_t unit) {
   wane_attention_places l = back_places(op);
   back_block z;
   int64_t T = op->n[3], keys = op->n[5], D = op->n[4], H = op->n[1], step = back_rows(D);
-  float *work = op->p[6], *kept = op->i[5] ? work + l.kept : NULL;
+  float *work = op->p[6];
   int all;
   back_open(&z, op, unit / H, unit % H, l.wide);
   z.dq = work + l.dq + unit * T * l.wide; z.dk = work + l.dk + unit * l.keys * l.wide; z.dv = work + l.dv + unit * l.keys * l.wide;
   memset(z.dq, 0, (size_t)(T * l.wide) * sizeof(float));
   memset(z.dk, 0, (size_t)(keys * l.wide) * sizeof(float));
   memset(z.dv, 0, (size_t)(keys * l.wide) * sizeof(float));
-  if (kept) memset(kept + unit * T * keys, 0, (size_t)(T * keys) * sizeof(float));
   for (int64_t j = 0; j < keys; j += KEYS) {
     int n = keys - j < KEYS ? (int)(keys - j) : KEYS, packed = 0;
     if (op->p[4]) {
@@ -206,7 +208,7 @@ static void back_head(const wane_op *op, int64_t unit) {
       if (!sees(&z.a, 0, z.a.rows, j, j + n, &all)) continue;
       if (!packed++) back_keys(&z, j, n);
       back_queries(&z, r, z.a.rows);
-      back_meet(&z, j, n, work + l.delta + unit * T, kept);
+      back_meet(&z, j, n, work + l.delta + unit * T);
     }
   }
   vf scale = vf_set1(op->f[1] != 0.0f ? op->f[0] : op->f[0] * 1.44269504f);
@@ -233,34 +235,21 @@ static void back_reduce(const wane_op *op, uint32_t chunk) {
   }
 }
 
-/* Phase 3. */
-static void back_bias(const wane_op *op, uint32_t chunk) {
-  wane_attention_places l = back_places(op);
-  const int64_t *st = op->stride[3], B = op->n[0], H = op->n[1], T = op->n[3], keys = op->n[5];
-  const float *kept = (const float *)op->p[6] + l.kept;
-  float *dbias = op->p[0];
-  int64_t lo, hi;
-  wane_op_range(op, chunk, H, 1, &lo, &hi);
-  for (int64_t h = lo; h < hi; h++)                   /* cleared first: every element is met at least once */
-    for (int64_t b = 0; b < (st[0] ? B : 1); b++)
-      for (int64_t t = 0; t < (st[2] ? T : 1); t++)
-        for (int64_t j = 0; j < (st[3] ? keys : 1); j++) dbias[b * st[0] + h * st[1] + t * st[2] + j * st[3]] = 0.0f;
-  for (int64_t b = 0; b < B; b++)
-    for (int64_t h = lo; h < hi; h++)
-      for (int64_t t = 0; t < T; t++)
-        for (int64_t j = 0; j < keys; j++) dbias[b * st[0] + h * st[1] + t * st[2] + j * st[3]] += kept[((b * H + h) * T + t) * keys + j];
+/* Phase 1 of a chunk. */
+static void back_heads(const wane_op *op, uint32_t chunk) {
+  int64_t B = op->n[0], H = op->n[1], lo, hi;
+  wane_op_range(op, chunk, op->i[5] ? H : B * H, 1, &lo, &hi);
+  for (int64_t unit = lo; unit < hi; unit++) {
+    if (!op->i[5]) back_head(op, unit);
+    else for (int64_t b = 0; b < B; b++) back_head(op, b * H + unit);
+  }
 }
 
 static void VEC_NAME(wane_nn_attention_backward)(const wane_op *op, uint32_t chunk) {
-  int64_t lo, hi;
   switch (op->i[4]) {
   case 0: back_delta(op, chunk); break;
-  case 1:
-    wane_op_range(op, chunk, op->n[0] * op->n[1], 1, &lo, &hi);
-    for (int64_t unit = lo; unit < hi; unit++) back_head(op, unit);
-    break;
-  case 2: back_reduce(op, chunk); break;
-  default: back_bias(op, chunk);
+  case 1: back_heads(op, chunk); break;
+  default: back_reduce(op, chunk);
   }
 }
 #endif
