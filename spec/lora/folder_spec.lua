@@ -206,6 +206,7 @@ describe("refused", function()
     refuses(copy("llama_all", function() return "{}" end), "no 'peft_type'")
     refuses(copy("llama_patterns", set("target_modules", '"(q_proj"')), "target_modules: pattern '(q_proj'")
     refuses(copy("llama_patterns", set("target_modules", '"(?:.|.)*[^a-z.0-9_]"')), "match", "WANE_E_FORMAT")
+    refuses(copy("llama_all", set("target_modules", '[]')), "target_modules names nothing", "WANE_E_ARG")
     refuses(copy("llama_all", set("target_modules", '["w1"]')), "nothing in this llama model is called w1", "WANE_E_ARG")
   end)
 

@@ -85,6 +85,15 @@ describe("targets", function()
     end
   end)
 
+  it("that are none are an error, never every Linear", function()
+    for _, none in ipairs { {}, "", false } do
+      local found, message, code = targets.match(tree "llama", { target_modules = none or nil })
+      assert.is_nil(found)
+      assert.matches("^target_modules names nothing: expected a list of names", message)
+      assert.equal("WANE_E_ARG", code)
+    end
+  end)
+
   it("that name nothing, or what takes no adapter, are an error", function()
     local found, message, code = targets.match(tree "llama", { target_modules = { "w1", "w2" } })
     assert.is_nil(found)

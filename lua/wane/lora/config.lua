@@ -81,7 +81,8 @@ function M.complete(given)
   for _, f in ipairs(fields) do
     local key, value = f[1], given[f[1]]
     own[key] = true
-    if value == nil or (type(value) == "table" and next(value) == nil) then value = f[2] end
+    local empty = type(value) == "table" and next(value) == nil and key ~= "target_modules"       -- which says no module; wane.lora.targets refuses it
+    if value == nil or empty then value = f[2] end
     config[key] = value
   end
   local message = check_types(config) or check_values(config)

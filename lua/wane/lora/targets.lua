@@ -139,6 +139,10 @@ local function spelling_named(tree, path, module, o, compiled, used)
 end
 
 local function match(tree, o)
+  local wanted = o.target_modules
+  if (type(wanted) ~= "string" and type(wanted) ~= "table") or #wanted == 0 then         -- not every Linear: an unset variable would train them all
+    return nil, "target_modules names nothing: expected a list of names, a regular expression or 'all-linear'", "WANE_E_ARG"
+  end
   local compiled, message = compile(o)
   if not compiled then return nil, message, "WANE_E_FORMAT" end
   local found, used = {}, {}
@@ -166,7 +170,7 @@ end
 -- @param tree wane.Module a model, or a tree of wane.models.build (values are not needed)
 -- @param o table PEFT's target_modules (list, pattern or "all-linear"), exclude_modules, modules_to_save, layers_to_transform, layers_pattern
 -- @return table[]|nil list of { path, spelled = as the targets call it, module, kind = "linear" | "embedding" }; string[]|string entries of a
---   list that named nothing, or the message; string|nil code. Targets that name nothing at all, or another kind of module, are an error.
+--   list that named nothing, or the message; string|nil code. No targets, targets that name nothing at all, or another kind of module, are an error.
 function M.match(tree, o) return pattern.guard(match, tree, o) end
 
 -- ---------------------------------------------------------------- rank_pattern, alpha_pattern
