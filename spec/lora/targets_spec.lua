@@ -85,6 +85,12 @@ describe("targets", function()
     end
   end)
 
+  it("know no module by another's name: T5 files may call the embedding lm_head, the model has one of its own", function()
+    local t5 = assert(models.build(golden.read_json "spec/fixtures/models/flan_t5/config.json"))
+    assert.same({ "lm_head" }, paths(assert(targets.match(t5, { target_modules = { "lm_head" } }))))
+    assert.same({ "shared", "encoder.embed_tokens", "decoder.embed_tokens" }, targets.spellings(t5, "shared"))
+  end)
+
   it("that are none are an error, never every Linear", function()
     for _, none in ipairs { {}, "", false } do
       local found, message, code = targets.match(tree "llama", { target_modules = none or nil })

@@ -21,7 +21,8 @@ M.defaults = {
 -- ---------------------------------------------------------------- spellings
 
 --- The paths under which upstream's versions know a module, the canonical one first: GPT-NeoX's head is `embed_out` and `lm_head`,
--- a model without its head leaves out the prefix.
+-- a model without its head leaves out the prefix. What the tree has as another module's path is no spelling: files of a T5 may call the embedding
+-- `lm_head`, but the model's own lm_head is meant by it.
 -- @param tree wane.Module a model or a tree of wane.models.build
 -- @param path string canonical
 -- @return string[]
@@ -30,7 +31,7 @@ function M.spellings(tree, path)
   if path == "" then return list end
   for _, name in ipairs(names.spellings(tree.family.name, path .. ".weight")) do
     local spelled = name:match "^(.*)%.weight$"
-    if spelled and not spelled:find "^module%." then list[#list + 1] = spelled end
+    if spelled and not spelled:find "^module%." and (spelled == path or not tree:find(spelled)) then list[#list + 1] = spelled end
   end
   return list
 end
