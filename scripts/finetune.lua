@@ -49,6 +49,9 @@ local function names(text)
   return list
 end
 
+-- Options that mean an adapter.
+local ADAPTER = { "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora" }
+
 -- What a folder may hold that a result would overwrite: an earlier run's, or a model's.
 local RESULTS = { "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json", "best" }
 
@@ -63,6 +66,15 @@ local function check(args)
   for _, option in ipairs { "model", "data", "out" } do if not args[option] then cli.usage("--%s is missing", option) end end
   for _, option in ipairs { "lora_r", "batch_size", "accumulate", "max_steps", "max_length", "save_every", "save_total_limit", "eval_every", "patience" } do
     if args[option] == 0 then cli.usage("--%s: a number above 0 was expected", (option:gsub("_", "-"))) end
+  end
+  for _, option in ipairs { "target_modules", "modules_to_save" } do
+    local list = names(args[option])
+    if list and #list == 0 then cli.usage("--%s names nothing: expected names with commas between (is a shell variable unset?)", (option:gsub("_", "-"))) end
+  end
+  for _, option in ipairs(args.trainable and not args.lora_r and ADAPTER or {}) do
+    if args[option] ~= nil then
+      cli.usage("--%s is an adapter's, and --trainable trains none by itself: give --lora-r too, or leave it out", (option:gsub("_", "-")))
+    end
   end
   local earlier = not args.resume and require("wane.train").saves.latest(args.out)
   if earlier then cli.usage("--out: %s is of an earlier run; --resume goes on from it", earlier) end

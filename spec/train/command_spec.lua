@@ -111,7 +111,8 @@ describe("wane finetune", function()
     ["%-%-out is missing"] = "--out-missing", ["%-%-batch%-size: a number above 0"] = "--batch-size 0 --out x",
     ["there is no optimizer 'adamx'"] = "--optim adamx --out x", ["there is no 'liner'"] = "--schedule liner --out x",
     ["exclude each other"] = "--packing --group-by-length --out x", ["need %-%-eval%-data"] = "--patience 2 --out x",
-    ["expected a share in"] = "--lora-dropout 1 --out x",
+    ["expected a share in"] = "--lora-dropout 1 --out x", ["%-%-target%-modules names nothing"] = "--target-modules '' --out x",
+    ["%-%-modules%-to%-save names nothing"] = "--modules-to-save , --out x",
   } do
     it("tells wrong usage with status 2: " .. options, function()
       local command = options == "--out-missing" and base or base .. " " .. options
@@ -120,6 +121,16 @@ describe("wane finetune", function()
       assert.matches(pattern, err)
     end)
   end
+
+  it("refuses an adapter's options where only the model's own parameters are trained", function()
+    local own = ("%s finetune --model %sgpt2 --data %s --trainable 1-d --out x "):format(bin, golden.root, rows_path)
+    for _, option in ipairs { "--use-dora", "--use-rslora", "--target-modules c_attn", "--modules-to-save wte", "--lora-alpha 8", "--lora-dropout 0.1",
+                              "--bias all" } do
+      local _, err, status = run(own .. option)
+      assert.equal(2, status, err)
+      assert.is_truthy(err:find(option:match "%S+" .. " is an adapter's, and --trainable trains none by itself: give --lora-r too", 1, true), err)
+    end
+  end)
 
   it("tells what fails with status 1", function()
     local dir = folder()
