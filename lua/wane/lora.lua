@@ -173,13 +173,27 @@ end
 
 local function ends(text, with) return text:sub(-#with) == with end
 
--- Entries of modules_to_save that mean the paths of a set and no other of `paths`, sorted. PEFT compares the ends of paths as text ("norm" is
--- "input_layernorm" too): the last name of a path stands for it only where all that end so are meant.
-local function names_of(set, paths)
-  local chosen, list = {}, {}
+-- Entries of modules_to_save that mean the paths of a set and no other module, sorted. PEFT compares the ends of paths as text, those of the modules
+-- around one too ("norm" is "input_layernorm", T5's "k" is all of "encoder.block"): the last name of a path stands for it only where all that it means
+-- is of the set; else the whole path does. Raises where that means others as well.
+local function names_of(model, set)
+  local others, chosen, list = {}, {}, {}
+  for path in model:modules() do
+    for _, spelled in ipairs(set[path] and {} or targets.spellings(model, path)) do others[#others + 1] = { spelled = spelled, path = path } end
+  end
+  local function means_another(entry)
+    for _, other in ipairs(others) do if targets.is_saved(other.spelled, { entry }) then return other.path end end
+  end
   for path in pairs(set) do
     local name = path:match "[^.]*$"
-    for _, other in ipairs(paths) do if ends(other, name) and not set[other] then name = path end end
+    if not chosen[name] and means_another(name) then
+      name = path
+      local other = means_another(path)
+      if other then
+        core.raise("lora.attach: '%s' is trained and '%s' is not, but modules_to_save cannot name one without the other, as PEFT compares the ends of paths: "
+          .. "train both", path, other)
+      end
+    end
     chosen[name] = true
   end
   for name in pairs(chosen) do
@@ -194,9 +208,8 @@ end
 -- What model:train_parameters chose, as PEFT's files can hold it: modules trained whole become modules_to_save, biases of others bias = "all". The model's own
 -- stay as they are from here on. Returns attach's options with these, and the tensors chosen (a set).
 local function adopt(model, state, o)
-  local whole, paths, biases, untrained, seen = {}, {}, false, nil, {}
+  local whole, biases, untrained, seen = {}, false, nil, {}
   each_trained(model, state, function(path, trained, all, names)
-    paths[#paths + 1] = path
     for name, tensor in pairs(names) do
       if seen[tensor] then
         core.raise("lora.attach: '%s.%s' is trained and shared with '%s', which an adapter cannot hold: leave it out, or name one in modules_to_save",
@@ -219,7 +232,7 @@ local function adopt(model, state, o)
   local given = {}
   for key, value in pairs(o) do given[key] = value end
   given.modules_to_save = { unpack(o.modules_to_save or {}) }
-  for _, name in ipairs(names_of(whole, paths)) do table.insert(given.modules_to_save, name) end
+  for _, name in ipairs(names_of(model, whole)) do table.insert(given.modules_to_save, name) end
   if biases then given.bias = "all" end
   return given, seen
 end

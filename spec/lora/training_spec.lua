@@ -1,0 +1,93 @@
+-- What of a model is trained beside an adapter, and that the adapter's files hold all of it.
+local files = require "support.files"
+local wane = require "wane"
+local lora = wane.lora
+
+local root = "spec/fixtures/models/"
+local function load(name, o)
+  o = o or {}
+  o.tokenizer, o.compute = false, o.compute or "f32"
+  return assert(wane.load(root .. name, o))
+end
+
+-- Paths of what is trained, in order, without what an adapter adds.
+local function trained(model)
+  local names = {}
+  for _, p in ipairs(model:trainable_parameters()) do
+    if not p.name:find("lora_", 1, true) then names[#names + 1] = p.name end
+  end
+  return names
+end
+
+local model
+after_each(function()
+  if model then model:close() end
+  model = nil
+  files.clean()
+end)
+
+describe("parameters that were chosen before attach", function()
+  it("are trained, and no others: names that PEFT would take for those of modules around them", function()
+    for _, case in ipairs {
+      { "t5", "%.k%.weight$", 7 }, { "t5", "SelfAttention%.o%.weight$", 5 }, { "t5", "encoder.*layer_norm%.weight$", 7 }, { "flan_t5", "^lm_head", 1 },
+      { "flan_t5", "^shared", 1 }, { "llama", "norm", 5 },
+      { "llama", "model%.norm", 1 }, { "gpt_neox", "^embed_out", 1 }, { "gpt_neox", "%.1%.input_layernorm", 2 },
+    } do
+      model = load(case[1])
+      model:train_parameters(case[2])
+      local chosen = trained(model)
+      assert.equal(case[3], #chosen, case[1] .. " " .. case[2])
+      lora.attach(model)
+      assert.same(chosen, trained(model))
+      local dir = files.folder()
+      assert(lora.save(model, dir))
+      model:close()
+      model = load(case[1], { lora = { dir } })
+      assert.same({}, model.warnings)
+      assert.same({}, trained(model))
+      lora.train(model, true)
+      assert.same(chosen, trained(model))                                     -- the files mean the same
+      model:close()
+    end
+    model = nil
+  end)
+
+  it("are named in as few words as mean them", function()
+    for pattern, names in pairs { norm = { "norm" }, _layernorm = { "input_layernorm", "post_attention_layernorm" }, ["model%.norm"] = { "model.norm" } } do
+      model = load "llama"
+      model:train_parameters(pattern)
+      lora.attach(model)
+      assert.same(names, lora.list(model)[1].config.modules_to_save)
+      model:close()
+    end
+    model = nil
+  end)
+
+  it("are refused where no name means them alone", function()
+    model = load "gpt_neox"
+    model.old_embed_out = wane.nn.Linear(4, 4)
+    model.old_embed_out.weight = wane.zeros(4, 4)
+    model:train_parameters "^embed_out"
+    assert.error_matches(function() lora.attach(model) end, "'embed_out' is trained and 'old_embed_out' is not, but modules_to_save cannot name one without")
+    assert.same({}, lora.list(model))
+  end)
+
+  it("are refused where they are tied: a file would hold one of two", function()
+    model = load "gpt2"
+    model:train_parameters "wte"
+    assert.error_matches(function() lora.attach(model) end, "'lm_head.weight' is trained and shared with 'transformer.wte', which an adapter cannot hold")
+    assert.same({}, lora.list(model))
+  end)
+
+  it("are the adapter's from then on: without it nothing is trained", function()
+    model = load "llama"
+    model:train_parameters "norm"
+    lora.attach(model)
+    lora.disable(model)
+    assert.is_false(model:trains())
+    lora.enable(model)
+    assert.is_true(model:trains())
+    lora.delete(model, "default")
+    assert.is_false(model:trains())
+  end)
+end)
