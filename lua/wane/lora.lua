@@ -36,6 +36,32 @@ local function new_name(state, name)
   return name
 end
 
+-- Modules of which all, some or no parameters of their own are trained: fn(path, trained = how many, all, names of the trained).
+local function each_trained(model, state, fn)
+  for path, module in model:modules() do
+    local trained, all, names = 0, 0, {}
+    for _, p in ipairs(module:own_parameters()) do
+      local own = state:own(module, path, p.name)
+      if own then
+        all = all + 1
+        if rawget(own, "requires_grad") then trained, names[p.name] = trained + 1, own end
+      end
+    end
+    if all > 0 then fn(path, trained, all, names) end
+  end
+end
+
+-- An adapter that is already made holds what it holds: parameters of the model's own that are trained beside it would be in no file.
+local function refuse_own_leaves(model, state, what)
+  each_trained(model, state, function(path, _, _, names)
+    local name = next(names)
+    if name then
+      core.raise("%s: '%s.%s' of the model itself is trained, which this adapter's files cannot hold: lora.attach takes it into a fresh adapter, "
+        .. "model:freeze() lets it rest", what, path, name)
+    end
+  end)
+end
+
 local function check_options(what, given, known)
   for key in pairs(given or {}) do if not known[key] then core.raise("%s: there is no option '%s'", what, tostring(key)) end end
 end
@@ -44,7 +70,8 @@ end
 -- active; set_adapter chooses among several.
 -- @param model wane.Model
 -- @param dir string
--- @param opts table|nil { name = "default", trainable = true: go on training it (PEFT's is_trainable) }
+-- @param opts table|nil { name = "default", trainable = true: go on training it (PEFT's is_trainable); an error where parameters of the model itself
+--   are trained, which lora.save would not write }
 -- @return table|nil report { name, modules, parameters, missing = targets without values, unexpected = values that the config does not ask for,
 --   unused = entries of target_modules that name nothing }, string|nil message, string|nil code
 function M.load(model, dir, opts)
@@ -52,6 +79,7 @@ function M.load(model, dir, opts)
   check_options("lora.load", opts, { name = true, trainable = true })
   if type(dir) ~= "string" then core.raise("lora.load: expected a folder, found a %s", type(dir)) end
   local name = new_name(state, opts and opts.name)
+  if opts and opts.trainable then refuse_own_leaves(model, state, "lora.load") end
   local folder, message, code = hub.resolve(dir)
   if not folder then return nil, message, code end
   local adapter
@@ -156,21 +184,6 @@ local function fresh_replaced(model, config, parts)
   return replaced
 end
 
--- Modules of which all, some or no parameters of their own are trained: fn(path, trained = how many, all, names of the trained).
-local function each_trained(model, state, fn)
-  for path, module in model:modules() do
-    local trained, all, names = 0, 0, {}
-    for _, p in ipairs(module:own_parameters()) do
-      local own = state:own(module, path, p.name)
-      if own then
-        all = all + 1
-        if rawget(own, "requires_grad") then trained, names[p.name] = trained + 1, own end
-      end
-    end
-    if all > 0 then fn(path, trained, all, names) end
-  end
-end
-
 local function ends(text, with) return text:sub(-#with) == with end
 
 -- Entries of modules_to_save that mean the paths of a set and no other module, sorted. PEFT compares the ends of paths as text, those of the modules
@@ -269,12 +282,13 @@ function M.attach(model, o)
   return { name = name, modules = #found, parameters = M.parameters(model, name), unused = unused }
 end
 
---- Whether an adapter's tensors are trained; those that attach made are.
+--- Whether an adapter's tensors are trained; those that attach made are. As with lora.load's `trainable`, not beside parameters of the model itself.
 -- @param model wane.Model
 -- @param on boolean
 -- @param name string|nil default: all active ones
 function M.train(model, on, name)
   local state = states.of(model)
+  if on then refuse_own_leaves(model, state, "lora.train") end
   for _, each in ipairs(state:names(name, state.active)) do state:train(model, each, on) end
 end
 

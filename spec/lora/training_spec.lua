@@ -91,3 +91,46 @@ describe("parameters that were chosen before attach", function()
     assert.is_false(model:trains())
   end)
 end)
+
+describe("an adapter from files", function()
+  it("is not trained beside parameters that its files do not hold", function()
+    local dir = files.folder()
+    model = load "llama"
+    lora.attach(model)
+    assert(lora.save(model, dir))
+    lora.delete(model, "default")
+    model:train_parameters "norm"
+    local said = "'model.layers.0.input_layernorm.weight' of the model itself is trained, which this adapter's files cannot hold"
+    assert.error_matches(function() lora.load(model, dir, { trainable = true }) end, "lora.load: " .. said)
+    assert.same({}, lora.list(model))
+    assert(lora.load(model, dir))                                             -- frozen, beside trained weights: model:save writes those
+    assert.error_matches(function() lora.train(model, true) end, "lora.train: " .. said)
+    lora.train(model, false)
+    model:freeze()
+    lora.train(model, true)
+    assert.same({}, trained(model))
+    assert.equal(4 * 2, #model:trainable_parameters())
+  end)
+
+  it("is trained in f32, whatever its files hold, and rests in what they hold", function()
+    local dir = files.folder()
+    model = load "llama"
+    lora.attach(model, { modules_to_save = { "lm_head" } })
+    local state = model.lora.adapters.default.replaced
+    for _, replaced in pairs(state) do replaced.weight = replaced.weight:to "bf16" end
+    assert(lora.save(model, dir))
+    model:close()
+    model = load("llama", { lora = dir })
+    local head = model:find "lm_head"
+    assert.equal("bf16", head.weight:dtype())
+    lora.train(model, true)
+    assert.equal("f32", head.weight:dtype())
+    assert.same({ "lm_head.weight" }, trained(model))
+    lora.train(model, false)
+    assert.is_false(model:trains())
+    model:close()
+    model = load "mixtral"                                                    -- of 16-bit weights
+    lora.attach(model, { modules_to_save = { "lm_head" } })
+    assert.same({ "f32" }, { model:find("lm_head").weight:dtype() })
+  end)
+end)
