@@ -134,3 +134,60 @@ describe("an adapter from files", function()
     assert.same({ "f32" }, { model:find("lm_head").weight:dtype() })
   end)
 end)
+
+describe("gradients", function()
+  local IDS = { { 1, 5, 9, 2, 7, 3, 8, 4, 6, 10, 12 } }
+
+  local function backward(m)
+    wane.scope(function() m:loss(IDS, IDS):backward() end)
+  end
+
+  local function assert_near(want, got, what)
+    local worst = (want - got):abs():amax():item()
+    assert.is_true(worst <= 1e-5 * want:abs():amax():item(), ("%s: off by %g of %g"):format(what, worst, want:abs():amax():item()))
+  end
+
+  it("of a weight and a bias that are trained beside an adapter are those without it", function()
+    local path = "gpt_neox.layers.0.attention.query_key_value"
+    for _, field in ipairs { "weight", "bias" } do
+      local want
+      for _, adapted in ipairs { false, true } do
+        model = load "gpt_neox"
+        if adapted then lora.attach(model, { target_modules = { "query_key_value" } }) end           -- its B is 0: it changes nothing yet
+        local leaf = wane.autograd.leaf(model:find(path)[field])
+        backward(model)
+        assert.is_truthy(leaf.grad, field)
+        want = want or leaf.grad:clone()
+        assert_near(want, leaf.grad, field)
+        if adapted then assert.is_true(model:find(path).adapters[1].B.grad:abs():amax():item() > 0) end
+        model:close()
+      end
+    end
+    model = nil
+  end)
+
+  it("of a rank that one op has no room for are those of two adapters of half that rank", function()
+    local path, half = "model.layers.0.self_attn.q_proj", 150
+    model = load "llama"
+    lora.attach(model, { name = "whole", r = 2 * half, alpha = 2 * half, init_lora_weights = false })
+    lora.attach(model, { name = "one", r = half, alpha = half })
+    lora.attach(model, { name = "two", r = half, alpha = half })
+    local adapters = model.lora.adapters
+    for at, whole in pairs(adapters.whole.parts) do
+      for i, name in ipairs { "one", "two" } do
+        local from, part = (i - 1) * half + 1, adapters[name].parts[at]
+        part.A:copy(whole.A:narrow(1, from, half))
+        part.B:copy(whole.B:narrow(2, from, half))
+      end
+    end
+    backward(model)
+    lora.set_adapter(model, { "one", "two" })
+    backward(model)
+    local whole = adapters.whole.parts[path]
+    for i, name in ipairs { "one", "two" } do
+      local from, part = (i - 1) * half + 1, adapters[name].parts[path]
+      assert_near(whole.A.grad:narrow(1, from, half), part.A.grad, "A")
+      assert_near(whole.B.grad:narrow(2, from, half), part.B.grad, "B")
+    end
+  end)
+end)

@@ -18,6 +18,7 @@ local C = core.C
 local M = {}
 
 local EXACT = C.WANE_COMPUTE_F32
+local ONE_OP_RANK = 256                   -- the largest of F.linear_lora: core/linear/lora.h
 
 -- f32 values of a weight of any dtype.
 local function values(weight) return weight:dtype() == "f32" and weight or weight:dequantize "f32" end
@@ -106,9 +107,9 @@ local function has_dora(parts)
   return false
 end
 
--- Parts that one op can add: neither DoRA nor biases, beside a weight that is not trained itself.
+-- Parts that one op can add: neither DoRA nor biases nor a rank that its kernels have no room for, beside a weight that is not trained itself.
 local function are_plain(layer, parts)
-  for _, part in ipairs(parts) do if part.magnitude or part.bias then return false end end
+  for _, part in ipairs(parts) do if part.magnitude or part.bias or part.r > ONE_OP_RANK then return false end end
   return not (autograd.needs(layer.weight) or autograd.needs(rawget(layer, "bias")))
 end
 
