@@ -148,6 +148,17 @@ describe("several adapters", function()
     neox:close()
   end)
 
+  it("unload keeps what a tied module still uses", function()
+    local bloom = load "bloom"
+    assert(lora.load(bloom, root .. "lora/bloom_embedding"))
+    local adapted, n = logits(bloom)
+    local own = bloom:find("lm_head").weight
+    assert(lora.merge(bloom, nil, { unload = true }))
+    assert.is_true(bloom:find("lm_head").weight == own and bloom:find("transformer.word_embeddings").weight ~= own)
+    assert.is_true(distance(adapted, logits(bloom), n) <= 1e-6)
+    bloom:close()
+  end)
+
   it("that bring the same module cannot be active together", function()
     local neox = load "gpt_neox"
     assert(lora.load(neox, root .. "lora/gpt_neox_modules_to_save"))
