@@ -324,6 +324,34 @@ function M.save(model, dir, name)
   return files.write(model, state:find(name or state.active[1]), dir)
 end
 
+--- The adapters that training changes: those with tensors among model:trainable_parameters(). A frozen one that is active beside them is none, nor is
+-- one that waits.
+-- @param model wane.Model
+-- @return string[] names, in the order in which they came
+function M.trained(model)
+  local state, leaves, names = states.of(model), {}, {}
+  for _, tensor in ipairs(model:trainable_parameters()) do leaves[tensor] = true end
+  for _, name in ipairs(state.order) do
+    local any = false
+    states.each_tensor(state.adapters[name], function(tensor) any = any or leaves[tensor] ~= nil end)
+    if any then names[#names + 1] = name end
+  end
+  return names
+end
+
+--- Writes the adapters that training changes: one into the folder itself, several each into a folder of its name in it; none: nothing.
+-- @param model wane.Model
+-- @param dir string made if it is not there
+-- @return true|nil, string|nil message, string|nil code
+function M.save_trained(model, dir)
+  local names = M.trained(model)
+  for _, name in ipairs(names) do
+    local ok, message, code = M.save(model, #names == 1 and dir or dir .. "/" .. name, name)
+    if not ok then return nil, message, code end
+  end
+  return true
+end
+
 -- ---------------------------------------------------------------- what is in force
 
 --- Makes an adapter active, or several, whose changes add up; {} for none.

@@ -137,6 +137,65 @@ describe("a run", function()
     model:close()
   end)
 
+  it("saves the adapters that it trains, by name, beside frozen and waiting ones", function()
+    local function several(trained)
+      local model = assert(wane.load(golden.root .. "llama", { tokenizer = false, compute = "f32" }))
+      for i, name in ipairs { "a", "b", "waits" } do
+        lora.attach(model, { name = name, r = 2 * i, alpha = 8, target_modules = { "q_proj", "v_proj" }, init_lora_weights = false, seed = i })
+      end
+      lora.set_adapter(model, { "a", "b" })
+      lora.train(model, false)
+      for _, name in ipairs(trained) do lora.train(model, true, name) end
+      return model
+    end
+    for _, trained in ipairs { { "b" }, { "a", "b" } } do
+      local whole, cut, dir = several(trained), several(trained), folder()
+      local function folder_of(at, name) return dir .. "/" .. at .. (#trained > 1 and "/" .. name or "") end
+      assert(wane.train.run(whole, open(), with {}))
+      local held_out, asked = open(), 0
+      local o = with { out = dir, save_every = 2, save_total_limit = 2, eval_rows = held_out, eval_every = 6,
+        cancelled = function() asked = asked + 1 return asked == 7 end }
+      assert.equal("cancelled", assert(wane.train.run(cut, open(), o)).stopped)
+      local again = several(trained)
+      o.cancelled, o.resume = nil, true
+      assert(wane.train.run(again, open(), o))
+      assert.same(values(whole), values(again))
+      local checkpoints = {}
+      for _, name in ipairs(paths.list(dir)) do checkpoints[#checkpoints + 1] = name:match "^%.?checkpoint.*" end
+      table.sort(checkpoints)
+      assert.same({ "checkpoint-10", "checkpoint-12" }, checkpoints)                -- what went before is gone, its folders too
+      for _, at in ipairs { "checkpoint-12", "best" } do
+        assert.equal(#trained == 1, lora.is_adapter(dir .. "/" .. at))
+        for _, name in ipairs(trained) do
+          local saved = assert(lora.describe(folder_of(at, name)))
+          assert.same({ name == "a" and 2 or 4, lora.parameters(again, name) }, { saved.config.r, saved.parameters })
+        end
+        assert.is_false(paths.is_folder(dir .. "/" .. at .. "/waits"))
+      end
+      local other = several(trained)                                                -- the last checkpoint is what the model is
+      for _, name in ipairs(trained) do
+        lora.delete(other, name)
+        assert(lora.load(other, folder_of("checkpoint-12", name), { name = name }))
+      end
+      lora.set_adapter(other, { "a", "b" })
+      local function loss_of(m) return wane.train.evaluate(m, held_out, { batch_size = 4 }).loss end
+      assert.near(loss_of(again), loss_of(other), 1e-6)
+      for _, m in ipairs { whole, cut, again, other } do m:close() end
+    end
+  end)
+
+  it("does not save an adapter that it does not train", function()
+    local model, dir = adapted(), folder()
+    lora.train(model, false)
+    wane.autograd.leaf(model:find("model.norm").weight)
+    assert(wane.train.run(model, open(), with { out = dir, max_steps = 2, save_every = 2 }))
+    assert.is_false(lora.is_adapter(dir .. "/checkpoint-2"))
+    local saved = assert(require("wane.serialize").load(dir .. "/checkpoint-2/parameters.safetensors"))
+    assert.equal("model.norm.weight", next(saved))
+    assert.is_nil(next(saved, "model.norm.weight"))
+    model:close()
+  end)
+
   it("trains parameters of the model itself: full weights, norms, an encoder-decoder", function()
     for name, pattern in pairs { llama = ".", gpt2 = "1-d", t5 = "layer_norm" } do
       local model = assert(wane.load(golden.root .. name, { tokenizer = false, compute = "f32" }))

@@ -1,7 +1,7 @@
 --- Checkpoints of a training run: folders checkpoint-N that hold all that the next update depends on, and are never there in part, whether
 -- the process is killed or the machine goes down.
 --
---     checkpoint-N/adapter_config.json, adapter_model.safetensors     the adapter, as PEFT reads it (where one is trained)
+--     checkpoint-N/adapter_config.json, adapter_model.safetensors     the adapter, as PEFT reads it (where one is trained; of several, NAME/… each)
 --     checkpoint-N/parameters.safetensors                             every trained tensor, by its name
 --     checkpoint-N/optimizer.safetensors                              moments and step counts
 --     checkpoint-N/trainer_state.json                                 step, data position, best result, the run's options, checksums (XXH64) of
@@ -71,7 +71,10 @@ end
 -- ---------------------------------------------------------------- folders
 
 local function remove_folder(dir)
-  for _, name in ipairs(paths.list(dir)) do os.remove(dir .. "/" .. name) end
+  for _, name in ipairs(paths.list(dir)) do
+    local path = dir .. "/" .. name
+    if not os.remove(path) and paths.is_folder(path) then remove_folder(path) end           -- an adapter's; a link goes, not what it leads to
+  end
   return os.remove(dir)
 end
 
@@ -119,9 +122,8 @@ end
 
 -- What a run trains: the adapter as PEFT reads it, and every trained tensor by its name.
 local function trained(run)
-  local model, lora = run.model, require "wane.lora"
   return {
-    function(dir) return not rawget(model, "lora") or #model.lora.active == 0 or lora.save(model, dir) end,
+    function(dir) return require("wane.lora").save_trained(run.model, dir) end,
     function(dir) return serialize.save(dir .. "/parameters.safetensors", by_name(run.params)) end,
   }
 end
