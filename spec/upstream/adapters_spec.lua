@@ -22,6 +22,7 @@ local cases = {
   { "gpt_neox", { target_modules = { "query_key_value", "dense" }, bias = "lora_only", lora_bias = true } },
   { "gpt_neox", { target_modules = { "query_key_value", "lm_head" }, modules_to_save = { "final_layer_norm" } } },
   { "gptj", { target_modules = { "q_proj", "fc_in" } }, trained = "1-d" }, { "llama", {}, trained = "norm" },
+  { "t5", {}, trained = "%.k%.weight$" }, { "flan_t5", {}, trained = "^lm_head" }, { "llama", { r = 300, alpha = 30 } },
   { "gptj", {} }, { "bloom", { target_modules = { "query_key_value", "word_embeddings" } } }, { "gpt2", { target_modules = { "c_attn", "c_proj" } } },
   { "gpt2", { use_dora = true } }, { "opt", {} }, { "t5", {} }, { "flan_t5", { target_modules = "all-linear" } }, { "phi", {} }, { "falcon", {} },
   { "gemma2", {} }, { "gemma3", { target_modules = { "q_proj", "embed_tokens" } } }, { "qwen3", {} }, { "phi3", {} }, { "mixtral", {} },
