@@ -234,11 +234,24 @@ describe("an optimizer", function()
       assert.matches(pattern, message)
     end
     refused(wane.optim.Lion8bit({ q }), "holds the state of adamw with 8 bits in 1 group%(s%); this is lion")
+    refused(wane.optim.PagedAdamW({ q }), "with 8 bits in 1 group%(s%); this is adamw with 32 bits in 1")
     local other = parameter(6000, 1)
     other.name = "p5000"
     refused(wane.optim.AdamW8bit({ other }), "'p5000': '.*' is %[%d+%] %a%d+ in the file, expected %[%d+%]")
     other.name = "stranger"
     refused(wane.optim.AdamW8bit({ other }), "holds a state of 'p5000', which is not trained here")
+    -- One that does not fit before one that does: nothing is changed.
+    local mine = wane.optim.AdamW8bit({ parameter(6000, 1), parameter(5000, 2) }, { lr = 1 })
+    mine.groups[1].params[1].name, mine.groups[1].params[2].name = "first", "second"
+    mine:step()
+    local both = wane.optim.AdamW8bit({ parameter(5000, 1), parameter(5000, 2) }, { lr = 0.5 })
+    both.groups[1].params[1].name, both.groups[1].params[2].name = "first", "second"
+    both:step()
+    assert(both:save(path))
+    local codes = mine.states[mine.groups[1].params[2]].m
+    refused(mine, "'first': '.*' is %[%d+%] %a%d+ in the file, expected %[%d+%]")
+    assert.equal(1, mine.groups[1].lr)
+    assert.equal(codes, mine.states[mine.groups[1].params[2]].m)
     local f = io.open(path, "w")
     f:write "junk"
     f:close()
