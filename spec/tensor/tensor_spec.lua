@@ -113,6 +113,12 @@ describe("indexing", function()
     local x = wane.zeros(3, 3)
     x[1] = 1
     x[{ {}, 3 }] = wane.tensor { 7, 8, 9 }
+    local all = wane.zeros(2)
+    all[{ {} }] = 5
+    all[{}] = all + 1
+    assert.same({ 6, 6 }, all:totable())
+    local one = wane.tensor(3)
+    assert.equal(6, one[{}] + one[{}])
     x[{ 2, { 1, 2 } }] = { 4, 5 }
     x[{ 3, 1 }] = -1
     assert.same({ { 1, 1, 7 }, { 4, 5, 8 }, { -1, 0, 9 } }, x:totable())

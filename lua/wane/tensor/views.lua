@@ -260,7 +260,7 @@ function Tensor.__index(t, key)
     local view = at(t, key)
     if view:dim() > 0 then return view end
     local value = view:item()
-    view:close()
+    if view ~= t then view:close() end
     return value
   elseif Tensor.is(key) then
     if key:dtype() == "bool" then return t:masked_select(key) end
@@ -275,7 +275,7 @@ function Tensor.__newindex(t, key, value)
   if type(key) == "number" or (type(key) == "table" and not Tensor.is(key)) then
     local view = at(t, key)
     view:copy(value)
-    view:close()
+    if view ~= t then view:close() end                        -- { {} } names the whole of t
   elseif Tensor.is(key) then
     if key:dtype() ~= "bool" then core.raise("[]: assignment through indices %s; only masks (bool) can be assigned to", key:describe()) end
     core.scope(function() t:copy(t:masked_fill(key, value)) end)
