@@ -195,7 +195,7 @@ M.IN_PLACE = {}
 function M.target(t)
   local node = rawget(t, "node")
   local g = node and node.grad
-  if g and uses[g] == 1 and not M.anomaly and not rawget(g, "kept") and C.wane_tensor_sole(g.h) == 1 then return g end
+  if g and uses[g] == 1 and not M.anomaly and C.wane_tensor_sole(g.h) == 1 then return g end
 end
 
 local function by_serial(a, b) return a.serial < b.serial end

@@ -222,6 +222,31 @@ describe("autograd", function()
     assert.equal(2, calls)
   end)
 
+  it("a checkpoint that runs again draws nothing of what comes after it", function()
+    local w = autograd.leaf(random(6, 1, M, K))
+    autograd.seed(7, 3)
+    local loss = autograd.record(function()
+      return F.mean(F.dropout(autograd.checkpoint(function(x) return F.dropout(x, 0.5) end, w), 0.5))
+    end)
+    local before = autograd.random_state()
+    loss:backward()
+    assert.same(before, autograd.random_state())
+  end)
+
+  -- The gradient of y = x + z is one tensor that waits for both: the norm must not add x's other part to it.
+  it("a norm adds to a gradient in place only where nobody else waits for it", function()
+    for _, norm in ipairs { function(x) return F.rms_norm(x, nil, 1e-6) end, function(x) return F.layer_norm(x, nil, nil, 1e-6) end } do
+      local a, b = autograd.leaf(random(1, 1, 4, 16)), autograd.leaf(random(2, 1, 4, 16))
+      autograd.record(function()
+        local x = a * 2
+        local z = b * 3
+        local n = norm(x)
+        return (x + z):sum() + (n * n * n):sum()
+      end):backward()
+      assert.is_true(b.grad:equal(wane.full({ 4, 16 }, 3)), tostring(b.grad))
+    end
+  end)
+
   it("dropout keeps its share, and drops nothing where nothing is recorded", function()
     local x = autograd.leaf(wane.ones(100, 100))
     assert.equal(x, F.dropout(x, 0.5))
