@@ -10,9 +10,15 @@ local function entries_of(path)
   return parsed[path]
 end
 
+-- Where a function was written; wane.Tensor's methods have others standing in their place.
+local function source_of(fn)
+  local methods = package.loaded["wane.autograd.methods"]
+  return debug.getinfo(methods and methods.written[fn] or fn, "S")
+end
+
 -- The documentation entry of a Lua function.
 local function entry_of(fn)
-  local info = debug.getinfo(fn, "S")
+  local info = source_of(fn)
   local path = info.source:match "^@(.*)$"
   if not path then return nil end
   for _, entry in ipairs(entries_of(path)) do
@@ -123,7 +129,7 @@ function M.lookup(home, name, value)
   if type(value) == "function" then
     local entry = entry_of(value)
     if entry then return describe(entry, name) end
-    local info = debug.getinfo(value, "S")
+    local info = source_of(value)
     return ("%s: a function%s, without documentation"):format(name, info.what == "C" and " written in C" or " of " .. info.short_src .. ":" .. info.linedefined)
   elseif type(value) == "table" then
     return describe_table(value, name)

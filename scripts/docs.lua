@@ -10,7 +10,7 @@ local chapters = {
   { "Tensors", { "tensor", "tensor/.*" } },
   { "Layers and models", { "nn/.*", "models/.*" } },
   { "Quantization", { "quant", "quant/.*" } },
-  { "Gradients", { "autograd" } },
+  { "Gradients", { "autograd", "autograd/.*" } },
   { "Adapters", { "lora", "lora/.*" } },
   { "Files and text", { "checkpoint", "checkpoint/.*", "hub", "hub/.*", "loader", "tokenizer", "tokenizer/.*" } },
   { "Hosts and plumbing", { "core", "host/.*", "cli", "bench" } },

@@ -5,15 +5,16 @@
 --     loss:backward()                                        -- weight.grad
 --
 -- Recording is off unless asked for: generation pays nothing. `model:loss` records where the model trains something. While recording, an op
--- of wane.nn.functional whose inputs lead to a leaf gives its result a node: { serial, name, inputs, backward }. backward(dy) enqueues C
--- ops and returns one gradient an input (nil for none). Frozen weights are inputs without a node: they cost the product alone.
+-- of wane.nn.functional or a method of wane.Tensor whose inputs lead to a leaf gives its result a node: { serial, name, inputs, backward }.
+-- backward(dy) enqueues C ops and returns one gradient an input (nil for none). Frozen weights are inputs without a node: they cost the
+-- product alone. Methods that no gradient passes, and those that work in place, are errors then (wane.autograd.methods).
 --
 -- backward() takes nodes in falling order of their serial numbers, which is an order in which every result comes before what it was made
 -- of. What a node made is freed when it has been taken, so memory falls as the graph unwinds: after backward only the loss and tensors
 -- marked with keep() are left. A graph runs backward once.
 -- @module wane.autograd
 local core = require "wane.core"
-local Tensor = require "wane.tensor"
+local Tensor = require "wane.tensor.object"    -- whose methods need this module
 local C, check = core.C, core.check
 
 local M = {}
@@ -281,7 +282,7 @@ function Tensor:backward(gradient)
   if not gradient and self:numel() ~= 1 then core.raise("backward: %s has more than one value: say its gradient", self:describe()) end
   self.kept = true
   M.no_grad(function()
-    local seed = gradient or core.scope(function() return self:detach() * 0 + 1 end)
+    local seed = gradient or self:ones_like()
     local stack = {}
     collect(node, stack)
     if gradient then hold(gradient) end        -- the caller's: never freed here

@@ -13,6 +13,9 @@
 -- MEMORY. A tensor made in wane.scope is freed at the scope's end unless the scope's function returns it; outside of scopes
 -- close() frees it, or at the latest the garbage collector, which cannot see its size.
 --
+-- GRADIENTS. While wane.autograd records and an operand leads to a leaf, a method notes how its result came about, or it is an error:
+-- see wane/autograd/methods.lua.
+--
 -- In reading order: wane/tensor/object.lua, create.lua (making), values.lua (converting, overwriting, reading), views.lua (views
 -- and indexing), elementwise.lua, reduce.lua, math.lua (products, joining, sorting, picking), print.lua.
 -- @module wane.tensor
@@ -29,5 +32,7 @@ require("wane.quant.parts").register(Tensor)
 -- wane.save, wane.load_tensors: they need the checkpoint reader and writer, which need tensors.
 function create.save(...) return require("wane.serialize").save(...) end
 function create.load_tensors(...) return require("wane.serialize").load(...) end
+
+require "wane.autograd.methods"          -- last: it stands in the place of the methods
 
 return Tensor

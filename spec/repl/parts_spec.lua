@@ -143,6 +143,8 @@ return M
     assert.matches("ABI number", help.lookup(".", "wane_abi", nil))
     assert.matches("Ctrl%-R", help.lookup(".", "", nil))
     assert.matches("nothing is known of 'xyzzy'", help.lookup(".", "xyzzy", nil))
+    local wane = require "wane"                                    -- whose methods have others standing in their place
+    assert.matches("^wane%.Tensor%.sum%(dim, keepdim%)\nSum", help.lookup(".", "wane.Tensor.sum", wane.Tensor.sum))
   end)
   teardown(function() os.remove(path) end)
 end)

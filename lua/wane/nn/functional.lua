@@ -24,8 +24,15 @@ end
 -- Does the op have to be noted?
 local function recording(a, b, c) return autograd.recording and (needs(a) or needs(b) or needs(c)) end
 
--- Shape of t as a Lua list; sizes of dy summed down to it: the gradient of what was broadcast.
-local function sum_to(dy, shape)
+-- A gradient that an op would lose is an error.
+local function refuse(name, a, b, c)
+  if recording(a, b, c) then core.raise("%s: no gradient passes this op, and an operand leads to a leaf: detach() it, or use autograd.no_grad", name) end
+end
+
+--- dy summed down to a shape that was broadcast to its own: the gradient of what was broadcast.
+-- @param dy wane.Tensor
+-- @param shape integer[]
+function F.sum_to(dy, shape)
   local from = dy:shape()
   while #from > #shape do
     dy = one(C.wane_reduce, dy.h, C.WANE_SUM, 0, 0)
@@ -35,6 +42,26 @@ local function sum_to(dy, shape)
     if shape[d] ~= from[d] then dy = one(C.wane_reduce, dy.h, C.WANE_SUM, d - 1, 1) end
   end
   return dy
+end
+local sum_to = F.sum_to
+
+--- dy, the gradient of what a reduction of x gave, repeated over x's shape.
+-- @param dim integer|integer[]|nil what was reduced, as wane.Tensor's methods take it
+function F.spread(dy, x, dim)
+  local shape, kept = x:shape(), {}
+  for d = 1, #shape do kept[d] = dim and shape[d] or 1 end
+  for _, d in ipairs(type(dim) == "table" and dim or { dim }) do kept[x:dim0(d, "reduce") + 1] = 1 end
+  return dy:reshape(kept):expand(shape):clone()
+end
+
+--- The other way of picking rows: see wane_scatter_add.
+-- @param src wane.Tensor [.., C]
+-- @param index wane.Tensor i32 or i64 [..]
+-- @param n integer rows of the result
+-- @return wane.Tensor f32 [n, C]
+function F.scatter_add(src, index, n)
+  refuse("scatter_add", src)
+  return one(C.wane_scatter_add, src.h, index.h, n)
 end
 
 --- [.., n] as [rows, n].
@@ -161,22 +188,17 @@ function F.topk(x, k)
   return push("topk", values, { x, n = 1 }, function(dy) return one(C.wane_topk_backward, dy.h, indices.h, x:shape()[2]) end), indices
 end
 
--- Matrices, or stacks of them, with the last two dimensions swapped.
-local function swap_last(t)
-  local n = #t:shape()
-  if n == 2 then return F.transpose(t) end
-  local order = {}
-  for i = 1, n do order[i] = i - 1 end
-  order[n - 1], order[n] = n - 1, n - 2
-  return F.permute(t, unpack(order))
-end
-
---- Product of two matrices, or of two stacks of them.
+--- Product of two matrices, or of two stacks of them; numpy.matmul's rules for vectors.
 function F.matmul(a, b)
   local y = one(C.wane_matmul, a.h, b.h)
   if not recording(a, b) then return y end
   return push("matmul", y, { a, b, n = 2 }, function(dy)
-    return needs(a) and sum_to(F.matmul(dy, swap_last(b)), a:shape()) or nil, needs(b) and sum_to(F.matmul(swap_last(a), dy), b:shape()) or nil
+    local row, column = a:dim() == 1, b:dim() == 1                -- vectors are matrices of one row, or one column
+    local ma, mb = row and a:unsqueeze(1) or a, column and b:unsqueeze(2) or b
+    if column then dy = dy:unsqueeze(-1) end
+    if row then dy = dy:unsqueeze(-2) end
+    return needs(a) and sum_to(F.matmul(dy, mb:transpose(-1, -2)), ma:shape()):view(a:shape()) or nil,
+      needs(b) and sum_to(F.matmul(ma:transpose(-1, -2), dy), mb:shape()):view(b:shape()) or nil
   end)
 end
 
@@ -239,7 +261,10 @@ function F.rope(x, inv_freq, positions, start, scale, interleaved, negative)
 end
 
 --- Writes x [B, T, H, D] into cache [B, H, capacity, D] from time `start` on.
-function F.kv_append(cache, x, start) check(C.wane_kv_append(stream(), cache.h, x.h, start)) end
+function F.kv_append(cache, x, start)
+  refuse("kv_append", x)
+  check(C.wane_kv_append(stream(), cache.h, x.h, start))
+end
 
 local options = ffi.new "wane_attention_options"
 local function attention_options(o)
@@ -249,8 +274,9 @@ local function attention_options(o)
   return options
 end
 
---- Attention of q [B, T, H, D] over k, v [B, KV, keys, D]; o: scale, softcap, q_start, kv_length, window, causal, key_mask, bias.
+--- Attention of q [B, T, H, D] over k, v [B, KV, keys, D]; o: scale, softcap, q_start, kv_length, window, causal, key_mask, bias. No gradient.
 function F.attention(q, k, v, o)
+  refuse("attention over a cache", q, k, v)
   return one(C.wane_attention, q.h, k.h, v.h, h(o.key_mask), h(o.bias), attention_options(o))
 end
 
@@ -283,10 +309,12 @@ function F.glu(gate, up, act)
   end)
 end
 
+local without_derivative = { [C.WANE_NOT] = true, [C.WANE_ISNAN] = true, [C.WANE_ISFINITE] = true }      -- they give truths, not numbers
+
 --- A unary op by its code: C.WANE_NEG …
 function F.unary(x, op)
   local y = one(C.wane_unary, x.h, op)
-  if not recording(x) then return y end
+  if not recording(x) or without_derivative[op] then return y end
   return push("unary", y, { x, n = 1 }, function(dy) return one(C.wane_unary_backward, dy.h, x.h, op) end)
 end
 
@@ -299,25 +327,36 @@ function F.dropout(x, p)
   return push("dropout", y, { x, n = 1 }, function(dy) return one(C.wane_dropout, dy.h, p, seed, 0) end)
 end
 
--- Gradients of a op b: functions of (dy, a, b).
+local function pass_on(dy) return dy end
+-- dy where `mask`, half of it where a and b are equal (as torch shares it), else 0.
+local function of_chosen(dy, mask, a, b) return mask:where(dy, Tensor.eq(a, b):where(dy / 2, 0)) end
+
+-- Gradients of a and of b in a op b: functions of (dy, a, b, y); the other one may be a number.
 local binary_gradients = {
-  [C.WANE_ADD] = function(dy) return dy, dy end,
-  [C.WANE_SUB] = function(dy) return dy, F.binary_scalar(dy, -1, C.WANE_MUL) end,
-  [C.WANE_MUL] = function(dy, a, b) return F.binary(dy, b, C.WANE_MUL), F.binary(dy, a, C.WANE_MUL) end,
-  [C.WANE_DIV] = function(dy, a, b)
-    local da = F.binary(dy, b, C.WANE_DIV)
-    return da, F.binary_scalar(F.binary(F.binary(da, a, C.WANE_MUL), b, C.WANE_DIV), -1, C.WANE_MUL)
-  end,
+  [C.WANE_ADD] = { pass_on, pass_on },
+  [C.WANE_SUB] = { pass_on, function(dy) return dy * -1 end },
+  [C.WANE_MUL] = { function(dy, _, b) return dy * b end, function(dy, a) return dy * a end },
+  [C.WANE_DIV] = { function(dy, _, b) return dy / b end, function(dy, a, b) return dy / b * a / b * -1 end },
+  [C.WANE_POW] = {
+    function(dy, a, b) return Tensor.of(b, a, "pow"):eq(0):where(0, dy * (b * a ^ (b - 1))) end,          -- a ^ 0 is 1 at a = 0 too
+    function(dy, a, b, y)
+      a = Tensor.of(a, b, "pow")
+      return a:eq(0):logical_and(b:ge(0)):where(0, dy * (y * a:log()))
+    end,
+  },
+  [C.WANE_MIN] = { function(dy, a, b) return of_chosen(dy, Tensor.lt(a, b), a, b) end, function(dy, a, b) return of_chosen(dy, Tensor.gt(a, b), a, b) end },
+  [C.WANE_MAX] = { function(dy, a, b) return of_chosen(dy, Tensor.gt(a, b), a, b) end, function(dy, a, b) return of_chosen(dy, Tensor.lt(a, b), a, b) end },
 }
 
---- a op b, broadcast, by the op's code: C.WANE_ADD … Sums, differences, products and quotients have gradients.
+local function gradients_of(op, what) return binary_gradients[op] or core.raise("%s: op %d has no gradient", what, op) end
+
+--- a op b, broadcast, by the op's code: C.WANE_ADD … Sums, differences, products, quotients, powers, minimum and maximum have gradients.
 function F.binary(a, b, op)
   local y = one(C.wane_binary, a.h, b.h, op)
   if not recording(a, b) then return y end
-  local gradients = binary_gradients[op] or core.raise("binary: op %d has no gradient", op)
+  local gradients = gradients_of(op, "binary")
   return push("binary", y, { a, b, n = 2 }, function(dy)
-    local da, db = gradients(dy, a, b)
-    return needs(a) and sum_to(da, a:shape()) or nil, needs(b) and sum_to(db, b:shape()) or nil
+    return needs(a) and sum_to(gradients[1](dy, a, b, y), a:shape()) or nil, needs(b) and sum_to(gradients[2](dy, a, b, y), b:shape()) or nil
   end)
 end
 
@@ -325,12 +364,10 @@ end
 function F.binary_scalar(a, value, op, reversed)
   local y = one(C.wane_binary_scalar, a.h, value, op, reversed and 1 or 0)
   if not recording(a) then return y end
+  local gradients = gradients_of(op, "binary_scalar")
   return push("binary_scalar", y, { a, n = 1 }, function(dy)
-    if op == C.WANE_ADD or (op == C.WANE_SUB and not reversed) then return dy end
-    if op == C.WANE_SUB then return F.scale(dy, -1) end
-    if op == C.WANE_MUL then return F.scale(dy, value) end
-    if op == C.WANE_DIV and not reversed then return F.scale(dy, 1 / value) end
-    core.raise("binary_scalar: op %d with a number has no gradient", op)
+    if reversed then return gradients[2](dy, value, a, y) end
+    return gradients[1](dy, a, value, y)
   end)
 end
 
@@ -343,18 +380,14 @@ function F.scale(x, factor) return F.binary_scalar(x, factor, C.WANE_MUL) end
 --- cap * tanh(x / cap): Gemma 2's soft cap of logits.
 function F.softcap(x, cap) return F.scale(F.unary(F.scale(x, 1 / cap), C.WANE_TANH), cap) end
 
--- dy, of size 1 in the dimensions that were summed, repeated over x's shape.
-local function spread(dy, x) return F.binary(F.binary_scalar(x, 0, C.WANE_MUL), dy, C.WANE_ADD) end
-
 --- Sum or mean (C.WANE_SUM, C.WANE_MEAN) over dimension `dim` (from 0; -1: over everything), which stays with size 1 where `keep`.
 function F.reduce(x, op, dim, keep)
   local y = one(C.wane_reduce, x.h, op, dim, keep and 1 or 0)
   if not recording(x) then return y end
+  if op ~= C.WANE_SUM and op ~= C.WANE_MEAN then refuse("reduce", x) end
   return push(op == C.WANE_SUM and "sum" or "mean", y, { x, n = 1 }, function(dy)
-    local shape, kept = x:shape(), {}
-    for d = 1, #shape do kept[d] = (dim == -1 or d == dim + 1) and 1 or shape[d] end
-    if op == C.WANE_MEAN then dy = F.scale(dy, dim == -1 and 1 / x:numel() or 1 / shape[dim + 1]) end
-    return spread(F.view(dy, unpack(kept)), x)
+    if op == C.WANE_MEAN then dy = F.scale(dy, y:numel() / x:numel()) end
+    return F.spread(dy, x, dim >= 0 and dim + 1 or nil)
   end)
 end
 
@@ -364,8 +397,11 @@ function F.sum(x, dim) return F.reduce(x, C.WANE_SUM, dim, true) end
 --- Mean of all elements, a single value.
 function F.mean(x) return F.reduce(x, C.WANE_MEAN, -1, false) end
 
---- cond ? a : b, broadcast. No gradient.
-function F.where(cond, a, b) return one(C.wane_where, cond.h, a.h, b.h) end
+--- cond ? a : b, broadcast. No gradient (wane.where has one).
+function F.where(cond, a, b)
+  refuse("where", a, b)
+  return one(C.wane_where, cond.h, a.h, b.h)
+end
 
 --- A contiguous copy as dtype number `dtype`.
 function F.cast(x, dtype)
@@ -375,7 +411,10 @@ function F.cast(x, dtype)
 end
 
 --- dst[...] = src.
-function F.copy(dst, src) check(C.wane_copy(stream(), dst.h, src.h)) end
+function F.copy(dst, src)
+  refuse("copy", dst, src)
+  check(C.wane_copy(stream(), dst.h, src.h))
+end
 
 --- Index (i64, from 0) of the largest element along `dim` (from 0), the lowest on ties.
 function F.argmax(x, dim)
@@ -419,8 +458,9 @@ function F.arange(start, count, dtype)
   return F.view(wrap(y), 1, count)
 end
 
---- Running sums along `dim` (from 0).
+--- Running sums along `dim` (from 0). No gradient (wane.Tensor's method has one).
 function F.cumsum(x, dim)
+  refuse("cumsum", x)
   local y = handle()
   check(C.wane_cumsum(stream(), y, x.h, dim))
   return wrap(y)
@@ -437,11 +477,7 @@ function F.view(x, a, b, c, d)
   local n = d and 4 or c and 3 or b and 2 or 1
   local y = reshape(x, n, a, b, c, d)
   if not recording(x) then return y end
-  return push("view", y, { x, n = 1 }, function(dy)
-    if not dy:is_contiguous() then dy = F.cast(dy, dy:info().dtype) end
-    local shape = x:shape()
-    return F.view(dy, unpack(shape))
-  end)
+  return push("view", y, { x, n = 1 }, function(dy) return dy:reshape(x:shape()) end)
 end
 
 local function narrow(x, dim, start, length) return one(C.wane_view_narrow, x.h, dim, start, length, 1) end
@@ -488,8 +524,11 @@ function F.split(x, dim, lengths)
   return unpack(out)
 end
 
---- One index (from 0) of dimension `dim` (from 0): a view with a dimension less. No gradient.
-function F.select(x, dim, index) return one(C.wane_view_select, x.h, dim, index) end
+--- One index (from 0) of dimension `dim` (from 0): a view with a dimension less. No gradient (wane.Tensor's method has one).
+function F.select(x, dim, index)
+  refuse("select", x)
+  return one(C.wane_view_select, x.h, dim, index)
+end
 
 --- Zeros in the current scope.
 function F.zeros(dtype, ...)
@@ -546,10 +585,6 @@ function F.read(t, ctype)
   check(C.wane_tensor_read(stream(), t.h, out, bytes))
   return out, count
 end
-
---- Would an op on these be noted? For wane.Tensor's methods, which then take the ops here.
-F.is_recorded = recording
-Tensor.functional = F
 
 --- Activation names of config files -> unary op codes (transformers activations.py).
 F.acts = {

@@ -9,8 +9,6 @@ local new = Tensor.constructors
 -- ---------------------------------------------------------------- one argument
 
 local function unary(t, code)
-  local F = Tensor.recorder(t)
-  if F then return F.unary(t, code) end
   local h = handle()
   check(C.wane_unary(stream(), h, t.h, code))
   return wrap(h)
@@ -72,9 +70,6 @@ function Tensor:erf() return unary(self, C.WANE_ERF) end
 --- a op b for tensors and numbers.
 local function binary(name, code, a, b)
   if type(b) == "boolean" then b = b and 1 or 0 end
-  local F = Tensor.recorder(is(a) and a or nil, is(b) and b or nil)
-  if F and is(a) and is(b) then return F.binary(a, b, code) end
-  if F and type(is(a) and b or a) == "number" then return F.binary_scalar(is(a) and a or b, is(a) and b or a, code, not is(a)) end
   local h = handle()
   if is(a) and is(b) then
     check(C.wane_binary(stream(), h, a.h, b.h, code))

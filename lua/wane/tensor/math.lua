@@ -13,8 +13,6 @@ local new = Tensor.constructors
 -- @return wane.Tensor
 function Tensor:matmul(other)
   if not is(other) then core.raise("matmul: expected a tensor, found a %s", type(other)) end
-  local F = Tensor.recorder(self, other)
-  if F then return F.matmul(self, other) end
   local h = handle()
   check(C.wane_matmul(stream(), h, self.h, other.h))
   return wrap(h)

@@ -11,14 +11,6 @@ local Tensor = {}
 --- Computed fields by name: functions of a tensor that give nil where it has no such field (`q.codes`: see wane.quant).
 Tensor.fields = {}
 
---- Ops that note their gradients (wane.nn.functional puts itself here): arithmetic, products, sums and means take them while wane.autograd
--- records and an operand leads to a leaf. Other methods give results that no gradient passes.
--- @return table|nil
-function Tensor.recorder(a, b)
-  local F = Tensor.functional
-  return F and F.is_recorded(a, b) and F or nil
-end
-
 -- ---------------------------------------------------------------- objects
 
 --- A Tensor around a handle that a C function has filled. A tensor that no scope owns is freed by the collector at the latest.

@@ -6,8 +6,6 @@ local C, check, stream, wrap, handle, is = core.C, core.check, core.stream, Tens
 
 --- One reduction over a dimension number or over everything (nil).
 local function reduce_one(self, code, dim, keepdim, name)
-  local F = Tensor.recorder(self)
-  if F and (code == C.WANE_SUM or code == C.WANE_MEAN) then return F.reduce(self, code, dim and self:dim0(dim, name) or -1, keepdim or false) end
   local h = handle()
   check(C.wane_reduce(stream(), h, self.h, code, dim and self:dim0(dim, name) or -1, keepdim and 1 or 0))
   return wrap(h)

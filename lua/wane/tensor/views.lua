@@ -20,18 +20,6 @@ local function place(t, i, size, what, dim)
   return at
 end
 
-local function narrow0(t, dim, start, length, step)
-  local h = handle()
-  check(C.wane_view_narrow(stream(), h, t.h, dim, start, length, step or 1))
-  return wrap(h)
-end
-
-local function select0(t, dim, at)
-  local h = handle()
-  check(C.wane_view_select(stream(), h, t.h, dim, at))
-  return wrap(h)
-end
-
 --- `length` elements of a dimension from `start` on, every `step`-th.
 -- @param dim integer
 -- @param start integer
@@ -46,7 +34,9 @@ function Tensor:narrow(dim, start, length, step)
   if start == 0 or at < 0 or length < 0 or length % 1 ~= 0 then
     core.raise("narrow: %d elements from %d do not lie in dimension %d of %s", length, start, d + 1, self:describe())
   end
-  return narrow0(self, d, at, length, step)
+  local h = handle()
+  check(C.wane_view_narrow(stream(), h, self.h, d, at, length, step or 1))
+  return wrap(h)
 end
 
 --- The part at one position of a dimension, without that dimension.
@@ -55,7 +45,9 @@ end
 -- @return wane.Tensor view
 function Tensor:select(dim, index)
   local d = self:dim0(dim, "select")
-  return select0(self, d, place(self, index, tonumber(self:info().shape[d]), "select", d))
+  local h = handle()
+  check(C.wane_view_select(stream(), h, self.h, d, place(self, index, tonumber(self:info().shape[d]), "select", d)))
+  return wrap(h)
 end
 
 --- Dimensions in another order: x:permute(2, 1, 3).
@@ -197,7 +189,7 @@ function Tensor:split(size, dim)
     if type(size) == "table" then length = size[#parts + 1] end
     if length == nil then core.raise("split: the sizes sum to %d, dimension %d of %s is larger", at, d + 1, self:describe()) end
     if type(size) == "number" then length = math.min(length, total - at) end
-    parts[#parts + 1] = narrow0(self, d, at, length)
+    parts[#parts + 1] = self:narrow(d + 1, at + 1, length)
     at = at + length
   until at >= total and (type(size) == "number" or #parts >= #size)
   return parts
@@ -229,7 +221,7 @@ end
 local function at(t, key)
   if type(key) == "number" then
     if t:dim() == 0 then core.raise "[]: a tensor without dimensions has no positions; item() reads it" end
-    return select0(t, 0, place(t, key, tonumber(t:info().shape[0]), "[]", 0))
+    return t:select(1, place(t, key, tonumber(t:info().shape[0]), "[]", 0) + 1)
   end
   if #key > t:dim() then core.raise("[]: %d entries for %s", #key, t:describe()) end
   local view, d = t, 0
@@ -241,11 +233,11 @@ local function at(t, key)
         local last = part[2] and place(view, part[2], size, "[]", d) or first
         local step = part[3] or 1
         if last < first or step < 1 then core.raise("[]: { %s } is empty or runs backwards", table.concat(part, ", ")) end
-        view = narrow0(view, d, first, math.floor((last - first) / step) + 1, step)
+        view = view:narrow(d + 1, first + 1, math.floor((last - first) / step) + 1, step)
       end
       d = d + 1
     else
-      view = select0(view, d, place(view, part, size, "[]", d))
+      view = view:select(d + 1, place(view, part, size, "[]", d) + 1)
     end
   end
   return view
@@ -259,6 +251,9 @@ function Tensor.__index(t, key)
   if type(key) == "number" or (type(key) == "table" and not Tensor.is(key)) then
     local view = at(t, key)
     if view:dim() > 0 then return view end
+    if rawget(view, "node") then
+      core.raise "[]: one value is read as a number, which no gradient passes: select(dim, position) keeps a tensor, item() of that reads the number"
+    end
     local value = view:item()
     if view ~= t then view:close() end
     return value
