@@ -5,9 +5,12 @@
 --     loss:backward()                                        -- weight.grad
 --
 -- Recording is off unless asked for: generation pays nothing. `model:loss` records where the model trains something. While recording, an op
--- of wane.nn.functional or a method of wane.Tensor whose inputs lead to a leaf gives its result a node: { serial, name, inputs, backward }.
--- backward(dy) enqueues C ops and returns one gradient an input (nil for none). Frozen weights are inputs without a node: they cost the
--- product alone. Methods that no gradient passes, and those that work in place, are errors then (wane.autograd.methods).
+-- of wane.nn.functional or a method of wane.Tensor whose inputs lead to a leaf gives its result a node: { serial, name, inputs, backward,
+-- ticket }. backward(dy) enqueues C ops and returns one gradient an input (nil for none). Frozen weights are inputs without a node: they
+-- cost the product alone. Methods that no gradient passes, and those that work in place, are errors then (wane.autograd.methods).
+--
+-- A graph keeps its inputs, not copies of them. Where one of them, or a result, is changed in place before its node is taken, backward
+-- raises: its last write is newer than the node's ticket.
 --
 -- backward() takes nodes in falling order of their serial numbers, which is an order in which every result comes before what it was made
 -- of. What a node made is freed when it has been taken, so memory falls as the graph unwinds: after backward only the loss and tensors
@@ -95,7 +98,7 @@ end
 --- Notes how `output` came from `inputs` while recording; called by the ops of wane.nn.functional.
 -- @param name string of the op, for messages
 -- @param output wane.Tensor
--- @param inputs table { n = count, tensors or nil … }
+-- @param inputs table { n = count, tensors or nil … }: all that backward reads, whether a gradient goes there or not
 -- @param backward function(dy) -> a gradient for each input, nil where none is needed
 -- @param saved wane.Tensor[]|nil what else was kept for backward, to be freed after it
 -- @return wane.Tensor output
@@ -103,7 +106,8 @@ function M.push(name, output, inputs, backward, saved)
   for i = 1, inputs.n do
     if needs(inputs[i]) then
       serial = serial + 1
-      output.node = { serial = serial, name = name, output = output, inputs = inputs, backward = backward, saved = saved }
+      output.node = { serial = serial, name = name, output = output, inputs = inputs, backward = backward, saved = saved,
+        ticket = C.wane_stream_tail(core.stream()) }
       if M.anomaly then
         output.node.traceback = debug.traceback("", 2)
         look(output, "'%s' gave the first value that is not finite; it was called at:%s", name, output.node.traceback)
@@ -249,6 +253,21 @@ local function let_go(node)
   output.node, node.output, node.inputs, node.backward, node.saved = nil, nil, nil, nil, nil
 end
 
+local info = core.info_type()
+local function unchanged(node, t, what)
+  -- A tensor that was closed is found by whoever reads it.
+  if C.wane_tensor_info(t.h, info) == 0 and info.ticket > node.ticket then
+    core.raise("backward: %s of '%s', %s, was changed in place after it was recorded, so its gradient would be wrong: change a clone()",
+      what, node.name, t:describe())
+  end
+end
+
+local function check_unchanged(node)
+  unchanged(node, node.output, "the result")
+  local inputs = node.inputs
+  for i = 1, inputs.n do if inputs[i] then unchanged(node, inputs[i], "an input") end end
+end
+
 local function run(stack)
   while #stack > 0 do
     local node = table.remove(stack)
@@ -257,6 +276,7 @@ local function run(stack)
     if dy then
       local hook = rawget(node.output, "gradient_hook")
       if hook then hook(dy, node.output) end
+      check_unchanged(node)
       if node.again then
         local y = node.again()                 -- a checkpoint: its graph is made now, and taken next
         if y.node then
@@ -307,14 +327,14 @@ function M.checkpoint(fn, ...)
   local arguments, count, random = { ... }, select("#", ...), M.random_state()
   local inputs = { n = 0 }
   for i = 1, count do
-    if Tensor.is(arguments[i]) and needs(arguments[i]) then
+    if Tensor.is(arguments[i]) then
       inputs.n = inputs.n + 1
       inputs[inputs.n] = arguments[i]
     end
   end
   local y = with(false, true, false, core.scope, fn, ...)
   serial = serial + 1
-  y.node = { serial = serial, name = "checkpoint", output = y, inputs = inputs, again = function()
+  y.node = { serial = serial, name = "checkpoint", output = y, inputs = inputs, ticket = C.wane_stream_tail(core.stream()), again = function()
     local now = M.random_state()
     M.set_random_state(random)
     local result = with(true, true, false, fn, unpack(arguments, 1, count))

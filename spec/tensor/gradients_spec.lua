@@ -1,5 +1,5 @@
 -- Methods of tensors while wane.autograd records: each that has a derivative against central differences, at ties and poles against torch's
--- numbers; each that has none, or works in place, is an error.
+-- numbers; each that has none, or works in place, is an error; and what is changed in place after it was recorded is told in backward.
 local wane = require "wane"
 local autograd = require "wane.autograd"
 local methods = require "wane.autograd.methods"
@@ -249,5 +249,56 @@ describe("while recording,", function()
     end
     assert.equal(Tensor.add, Tensor.__add)
     assert.equal(Tensor.pow, Tensor.__pow)
+  end)
+end)
+
+describe("a tensor that a graph needs and that is changed in place", function()
+  local function told(what, change, fn, ...)
+    local leaf = autograd.leaf(wane.tensor { 1, 2, 3 })
+    local loss, other = autograd.record(fn, leaf, ...)
+    change(other or leaf)
+    local ok, message = pcall(loss.backward, loss)
+    assert.is_false(ok)
+    assert.matches(what .. ", %[.-, was changed in place after it was recorded, so its gradient would be wrong: change a clone", message)
+    assert.is_nil(rawget(leaf, "grad"))
+    autograd.record(fn, leaf, ...):backward()                     -- and the next graph is a new one
+    assert.is_table(leaf.grad)
+  end
+  local function twice(t) t:mul_(2) end
+
+  it("is told in backward: a leaf, a constant, a result, a view of them, an index", function()
+    told("an input of 'binary'", twice, function(w) return (w * w):sum() end)
+    told("an input of 'binary'", twice, function(w) local c = wane.tensor { 3, 4, 5 } return (w * c):sum(), c end)
+    told("an input of 'sum'", twice, function(w) local z = w * 2 return z:sum(), z end)
+    told("an input of 'binary'", function(w) w:narrow(1, 2, 1):fill(7) end, function(w) return (w * w):sum() end)
+    told("the result of 'softmax'", function(z) z:fill(0) end, function(w)
+      local z = w:narrow(1, 1, 1):softmax()
+      return z, z:detach()
+    end)
+    told("an input of 'index_select'", function(i) i:fill(0) end, function(w)
+      local at = wane.tensor({ 0, 2 }, "i64")
+      return w:index_select(1, at):sum(), at
+    end)
+    told("an input of 'rows'", function(i) i:fill(0) end, function(w)
+      local at = wane.tensor({ 0, 2 }, "i64")
+      return F.rows(w:view(3, 1), at):sum(), at
+    end)
+    told("an input of 'checkpoint'", twice, function(w)
+      local c = wane.tensor { 3, 4, 5 }
+      return autograd.checkpoint(function(a, b) return (a * b):sum() end, w, c), c
+    end)
+  end)
+
+  it("is the old one where a copy was changed, or the change came before", function()
+    local w = autograd.leaf(wane.tensor { 1, 2, 3 })
+    w:mul_(2)
+    local loss = autograd.record(function()
+      local z = w * w
+      z:detach():clone():mul_(5)
+      return z:sum()
+    end)
+    loss:backward()
+    assert.same({ 4, 8, 12 }, w.grad:totable())
+    w:mul_(2)                                                      -- after backward: the step
   end)
 end)

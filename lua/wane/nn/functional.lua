@@ -95,8 +95,9 @@ end
 -- @param parts table[] { A [r, K], B [N, r], scale, dropout }
 -- @param onto wane.Tensor|nil of y's shape and dtype
 function F.linear_lora(x, weight, bias, parts, compute, threshold, onto)
-  local inputs, narrow, seeds, y = { x, n = 2 + 2 * #parts }, {}, {}
-  inputs[inputs.n] = onto
+  local last = 2 + 2 * #parts
+  local inputs, narrow, seeds, y = { x, n = last + 1 }, {}, {}
+  inputs[last], inputs[last + 1] = onto, weight
   for i, part in ipairs(parts) do
     inputs[2 * i], inputs[2 * i + 1] = part.A, part.B
     seeds[i] = autograd.dropping and (part.dropout or 0) > 0 and autograd.next_seed() or nil
@@ -128,8 +129,8 @@ function F.linear_lora(x, weight, bias, parts, compute, threshold, onto)
       end
       grads[2 * i], grads[2 * i + 1] = wrap(dA), wrap(dB)
     end
-    grads[inputs.n] = onto and dy
-    return unpack(grads, 1, inputs.n)
+    grads[last] = onto and dy
+    return unpack(grads, 1, last)
   end, narrow)
 end
 
@@ -149,7 +150,8 @@ function F.linear_experts(x, bounds, weights, compute, threshold)
   for e = 1, n do handles[e - 1] = weights[e].h end
   local y = one(C.wane_linear_experts, x.h, bounds.h, handles, n, compute, threshold or -1)
   if not autograd.recording then return y end
-  local inputs = { n = n + 1, x, unpack(weights, 1, n) }
+  local inputs = { n = n + 2, x, unpack(weights, 1, n) }
+  inputs[n + 2] = bounds
   return push("linear_experts", y, inputs, function(dy)
     for e = 1, n do handles[e - 1] = weights[e].h end
     local grads = { needs(x) and one(C.wane_linear_experts_backward, dy.h, bounds.h, handles, n, compute) or nil }
@@ -167,7 +169,7 @@ end
 function F.rows(x, index)
   local y = one(C.wane_index_select, x.h, 0, index.h)
   if not recording(x) then return y end
-  return push("rows", y, { x, n = 1 }, function(dy)
+  return push("rows", y, { x, index, n = 2 }, function(dy)
     return F.cast(one(C.wane_scatter_add, dy.h, index.h, x:shape()[1]), x:info().dtype)
   end)
 end
@@ -185,7 +187,7 @@ function F.topk(x, k)
   check(C.wane_topk(stream(), values, indices, x.h, k, 1, 1))
   values, indices = wrap(values), wrap(indices)
   if not recording(x) then return values, indices end
-  return push("topk", values, { x, n = 1 }, function(dy) return one(C.wane_topk_backward, dy.h, indices.h, x:shape()[2]) end), indices
+  return push("topk", values, { x, indices, n = 2 }, function(dy) return one(C.wane_topk_backward, dy.h, indices.h, x:shape()[2]) end), indices
 end
 
 --- Product of two matrices, or of two stacks of them; numpy.matmul's rules for vectors.
@@ -222,7 +224,7 @@ function F.transpose(x) return F.permute(x, 1, 0) end
 function F.embedding(table_, ids, dtype)
   local y = one(C.wane_embedding, table_.h, ids.h, dtype)
   if not recording(table_) then return y end
-  return push("embedding", y, { table_, n = 1 }, function(dy) return one(C.wane_scatter_add, dy.h, ids.h, table_:shape()[1]) end)
+  return push("embedding", y, { table_, ids, n = 2 }, function(dy) return one(C.wane_scatter_add, dy.h, ids.h, table_:shape()[1]) end)
 end
 
 -- A gradient that was made, or the mark of one that was added to what had come another way.
@@ -255,7 +257,7 @@ end
 function F.rope(x, inv_freq, positions, start, scale, interleaved, negative)
   local y = one(C.wane_rope, x.h, inv_freq.h, h(positions), start, scale, interleaved and 1 or 0)
   if not recording(x) then return y end
-  return push("rope", y, { x, n = 1 }, function(dy)
+  return push("rope", y, { x, positions, n = 2 }, function(dy)
     return one(C.wane_rope, dy.h, negative.h, h(positions), start, scale, interleaved and 1 or 0)
   end)
 end
@@ -290,7 +292,7 @@ function F.attend(q, k, v, o)
   check(C.wane_attention_train(stream(), y, lse, q.h, kh.h, vh.h, h(o.key_mask), h(o.bias), h(o.first), attention_options(o)))
   y, lse = wrap(y), wrap(lse)
   if not recording(q, k, v) and not recording(o.bias) then return y end
-  return push("attention", y, { q, k, v, o.bias, n = 4 }, function(dy)
+  return push("attention", y, { q, k, v, o.bias, o.key_mask, o.first, n = 6 }, function(dy)
     local dq, dk, dv, dbias = handle(), handle(), handle(), needs(o.bias) and handle() or nil
     check(C.wane_attention_backward(stream(), dq, dk, dv, dbias, dy.h, y.h, lse.h, q.h, kh.h, vh.h, h(o.key_mask), h(o.bias), h(o.first),
       attention_options(o)))
@@ -428,7 +430,7 @@ function F.nll(logits, labels, ignore_index)
   ignore_index = ignore_index or -100
   local y = one(C.wane_nll, logits.h, labels.h, ignore_index)
   if not recording(logits) then return y end
-  return push("nll", y, { logits, n = 1 }, function(dy) return one(C.wane_nll_backward, logits.h, labels.h, dy.h, ignore_index) end)
+  return push("nll", y, { logits, labels, n = 2 }, function(dy) return one(C.wane_nll_backward, logits.h, labels.h, dy.h, ignore_index) end)
 end
 
 --- The same values, and the gradient of `factor` times their sum in dtype number `dtype`, in one pass; outside the graph.
