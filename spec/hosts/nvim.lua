@@ -5,7 +5,7 @@ package.path = "./lua/?.lua;./lua/?/init.lua;" .. package.path
 local uv = vim.uv or vim.loop
 local gaps, last = {}, uv.hrtime()
 local timer = uv.new_timer()
-timer:start(5, 5, function()
+timer:start(1, 1, function()
   local now = uv.hrtime()
   gaps[#gaps + 1] = (now - last) / 1e6
   last = now
