@@ -289,6 +289,9 @@ cli.run(parser, function(args)
     if r.bad > 0 then cli.note("%d row(s)%s left out, such as line %d: %s", r.bad, of, r.skipped[1].line, r.skipped[1].reason) end
     if r.truncated > 0 then cli.note("%d row(s)%s cut to --max-length", r.truncated, of) end
   end
+  local skipped = 0
+  for _, r in ipairs(result.records) do skipped = skipped + (r.skipped and 1 or 0) end
+  if skipped > 0 then cli.note("%d update(s) skipped: their loss or gradients were not finite", skipped) end
   local report = { steps = result.steps, loss = result.loss, seconds = result.seconds, tokens_per_s = result.tokens_per_s,
     peak_rss_bytes = wane.memory().rss_peak, trainable = trainable, all = all, stopped = result.stopped, best = result.best, finished = result.finished,
     perplexity_before = result.before and result.before.perplexity, perplexity_after = result.after and result.after.perplexity }

@@ -274,6 +274,16 @@ describe("a checkpoint", function()
     model:close()
   end)
 
+  it("says why the adapter in it was not written", function()
+    local model, dir, real = adapted(), folder(), lora.save
+    lora.save = function() return nil, "no space left on the device", "io" end
+    local ok, message = pcall(wane.train.run, model, open(), with { out = dir, save_every = 1, max_steps = 1 })
+    lora.save = real
+    assert.is_false(ok)
+    assert.matches("the checkpoint of step 1 was not written: no space left", message)
+    model:close()
+  end)
+
   it("is flushed to the disk before an older one goes", function()
     local model, dir, done = adapted(), folder(), {}
     local flush, rename = paths.flush, os.rename
@@ -340,6 +350,91 @@ describe("a run's folder", function()
     o.held = true
     assert.equal(1, saves.holding(dir, function() return assert(wane.train.run(model, open(), o)).steps end))
     assert.is_false(paths.is_folder(part))
+    model:close()
+  end)
+end)
+
+describe("an update that is not finite", function()
+  -- A model whose loss, or whose gradients alone, are NaN in the updates (of one batch each) that `bad` names.
+  local function sick(bad, gradients_alone)
+    local model = adapted { dropout = 0 }
+    local real, n = model.loss, 0
+    rawset(model, "loss", function(self, ...)
+      local loss = real(self, ...)
+      n = n + (wane.autograd.allowed() and 1 or 0)                        -- evaluations are not counted
+      if not wane.autograd.allowed() or not bad[n] then return loss end
+      local p = self:trainable_parameters()[1]
+      return wane.autograd.record(function() return gradients_alone and loss + (p - p):sqrt():sum() or loss * (0 / 0) end)
+    end)
+    return model
+  end
+  local function lines_of(path)
+    local list = {}
+    for line in io.lines(path) do list[#list + 1] = cjson.decode(line) end
+    return list
+  end
+
+  for _, alone in ipairs { false, true } do
+    it("changes nothing, and the run goes on: " .. (alone and "its gradients" or "its loss"), function()
+      local dir, before = folder(), {}
+      local model = sick({ [2] = true, [3] = true, [5] = true, [6] = true }, alone)
+      local result = assert(wane.train.run(model, open(), with { accumulate = 1, optim = "adamw", max_steps = 7, log = dir .. "/l.jsonl",
+        on_update = function(r) before[r.step] = values(model) end }))
+      assert.equal(7, result.steps)
+      for step, skipped in ipairs { false, true, true, false, true, true, false } do
+        if step > 1 then assert.equal(skipped, pcall(assert.same, before[step - 1], before[step]), step) end
+        local line = lines_of(dir .. "/l.jsonl")[step]
+        assert.equal(skipped, line.skipped == true)
+        assert.equal(skipped, line.grad_norm == cjson.null)
+        assert.equal(skipped and not alone, line.loss == cjson.null)
+      end
+      model:close()
+    end)
+  end
+
+  it("leaves no checkpoint and no best result, three in a row end the run, and so does one at its end", function()
+    for steps, bad in pairs { [9] = { [3] = true, [4] = true, [5] = true }, [3] = { [3] = true } } do
+      local dir, model = folder(), sick(bad)
+      local o = with { accumulate = 1, max_steps = steps, out = dir, save_every = 1, save_total_limit = 1, eval_rows = open(), eval_every = 1 }
+      assert.error_matches(function() wane.train.run(model, open(), o) end,
+        steps == 9 and "the loss or the gradients of updates 3 to 5 are not finite: a smaller lr" or "of update 3 are not finite")
+      assert.equal(2, select(2, saves.latest(dir)))
+      for _, p in pairs(assert(require("wane.serialize").load(dir .. "/best/parameters.safetensors"))) do
+        assert.is_true(p:isfinite():all():item() ~= 0)
+      end
+      model:close()
+    end
+  end)
+
+  it("has a checkpoint of its run's last whole update neither by ctrl-C nor by an error behind it", function()
+    for _, how in ipairs { "cancelled", "on_update" } do
+      local dir, model = folder(), sick { [2] = true }
+      local o = with { accumulate = 1, max_steps = 9, out = dir }
+      local n = 0
+      o[how] = function()
+        n = n + 1
+        if n == 2 and how == "on_update" then error("full", 0) end
+        return n == 2
+      end
+      assert.is_false(pcall(wane.train.run, model, open(), o))
+      assert.is_nil(saves.latest(dir))
+      model:close()
+    end
+  end)
+
+  it("does not hold back the best result: a held-out loss that is NaN is none", function()
+    local dir, model, n = folder(), adapted(), 0
+    local real = wane.train.evaluate
+    wane.train.evaluate = function(...)
+      n = n + 1
+      local found = real(...)
+      if n == 1 then found.loss = 0 / 0 end
+      return found
+    end
+    local result = assert(wane.train.run(model, open(), with { max_steps = 2, out = dir, eval_rows = open(), eval_every = 1 }))
+    wane.train.evaluate = real
+    assert.equal(2, result.best.step)
+    assert.is_true(lora.is_adapter(dir .. "/best"))
     model:close()
   end)
 end)

@@ -14,7 +14,6 @@ local logs = require "wane.train.log"
 local optim = require "wane.optim"
 local saves = require "wane.train.saves"
 local schedule = require "wane.optim.schedule"
-local F = require "wane.nn.functional"
 
 local M = { data = require "wane.train.data", batches = batches, curve = require "wane.train.curve", log = logs, saves = saves }
 
@@ -80,7 +79,7 @@ local Run = {}
 Run.__index = Run
 
 local function set_up(model, rows, o)
-  local self = setmetatable({ model = model, o = o, step = 0, best = nil, stale = 0 }, Run)
+  local self = setmetatable({ model = model, o = o, step = 0, best = nil, stale = 0, broken = 0, seconds = 0, tokens = 0 }, Run)
   self.params = model:trainable_parameters()
   if #self.params == 0 then
     core.raise "train.run: the model trains nothing: attach an adapter (wane.lora.attach), or choose parameters (model:train_parameters)"
@@ -187,65 +186,61 @@ function M.evaluate(model, rows, o)
   return { loss = sum / count, perplexity = math.exp(sum / count), count = count }
 end
 
---- Enqueues an update; its loss and gradient norm are read when the next one is under way.
+local function finite(x) return x - x == 0 end
+
+-- The gradients of an update's batches: the loss and the gradients' norm before clipping. They are read, which waits for the backward: what is not
+-- finite must not come into the parameters, or an adapter, its moments and the checkpoints of all later updates are lost with it.
+local function gradients(self, update)
+  local o, losses = self.o, {}
+  for i, batch in ipairs(update) do
+    autograd.seed(o.seed, self.step * o.accumulate + i)
+    local loss = self.model:loss(batch.ids, batch.labels, loss_options(batch, update.count))
+    loss:backward()
+    losses[i] = loss
+  end
+  local total = losses[1]
+  for i = 2, #losses do total = total + losses[i] end
+  local norm = self.opt:clip(o.clip)
+  return total:item(), norm:item()
+end
+
+--- An update, and its line in the log. Where its loss or its gradients' norm is not finite, nothing changes but the count of updates (torch's
+-- GradScaler and its optimizers do the same): not the parameters, not the moments. The third such update in a row raises.
 function Run:update()
   local o = self.o
+  local record = { step = self.step + 1, lr = self.rate(self.step) }
+  local started = core.C.wane_clock()
   self.before = self.feed:state()                  -- where the data stood before an update that may fail
   local update = self.feed:next()
-  local lr = self.rate(self.step)
-  local record = { step = self.step + 1, lr = lr, tokens = update.tokens, epoch = update.epoch, started = core.C.wane_clock() }
   core.scope(function()
-    local losses = {}
-    for i, batch in ipairs(update) do
-      autograd.seed(o.seed, self.step * o.accumulate + i)
-      local loss = self.model:loss(batch.ids, batch.labels, loss_options(batch, update.count))
-      loss:backward()
-      losses[i] = loss
+    record.loss, record.grad_norm = gradients(self, update)
+    if finite(record.loss) and finite(record.grad_norm) then
+      for _, group in ipairs(self.opt.groups) do group.lr = record.lr end
+      self.stepping = true
+      self.opt:step()
+      self.stepping, self.broken = false, 0
+    else
+      record.skipped, self.broken = true, self.broken + 1
     end
-    local total = losses[1]
-    for i = 2, #losses do total = total + losses[i] end
-    record.loss = F.outside_scopes(function() return total:clone() end)
-    record.grad_norm = F.outside_scopes(function() return self.opt:clip(o.clip) end)
-    for _, group in ipairs(self.opt.groups) do group.lr = lr end
-    self.stepping = true
-    self.opt:step()
-    self.stepping = false
     self.opt:zero_grad()
   end)
   self.step, self.before = self.step + 1, nil
-  return record
-end
-
---- Reads what an update came to and logs it.
--- @param record table|nil from update()
-function Run:finish(record)
-  if not record then return end
-  local loss, norm = record.loss, record.grad_norm
-  record.loss, record.grad_norm = loss:item(), norm:item()
-  loss:close()
-  norm:close()
-  local now = core.C.wane_clock()
-  record.seconds = now - math.max(record.started, self.finished or 0)
-  self.finished = now
+  record.tokens, record.epoch, record.seconds = update.tokens, update.epoch, core.C.wane_clock() - started
+  record.tokens_per_s = record.tokens / record.seconds
   collectgarbage("step", 200)          -- an update leaves 0.1 MB of Lua's own, and loading a model has set the collector's next round far off
-  record.tokens_per_s, record.started = record.tokens / record.seconds, nil
   local memory = require("ffi").new "wane_memory"
   core.C.wane_memory_read(memory)
   record.rss_bytes = tonumber(memory.rss)
-  self.seconds, self.tokens = (self.seconds or 0) + record.seconds, (self.tokens or 0) + record.tokens
-  self.last = record
+  self.seconds, self.tokens, self.last = self.seconds + record.seconds, self.tokens + record.tokens, record
   self.log:add(record)
-  if record.loss ~= record.loss or math.abs(record.loss) == math.huge then
-    self.broken = (self.broken or 0) + 1
-    if self.broken >= 3 then
-      self.lost = true                               -- nothing to go on from
-      core.raise("train.run: the loss of updates %d to %d is not finite: a smaller lr or f32 compute may help; wane.autograd.anomaly = true names the op",
-        record.step - 2, record.step)
-    end
-  else
-    self.broken = 0
-  end
-  if self.o.on_update then self.o.on_update(record, self.o.total_steps) end
+  if self.broken == 3 then self:give_up() end
+  if o.on_update then o.on_update(record, o.total_steps) end
+end
+
+--- Raises: the last updates were skipped, and what they were to change is not to be trusted.
+function Run:give_up()
+  core.raise("train.run: the loss or the gradients of %s not finite: a smaller lr or f32 compute may help; wane.autograd.anomaly = true names the op",
+    self.broken == 1 and ("update %d are"):format(self.step) or ("updates %d to %d are"):format(self.step - self.broken + 1, self.step))
 end
 
 --- Evaluates; true where the run should stop early.
@@ -254,7 +249,7 @@ function Run:look()
   local found = M.evaluate(self.model, o.eval_rows, { batch_size = o.batch_size, pad = o.pad })
   self.log:add { step = self.step, eval_loss = found.loss, perplexity = found.perplexity }
   if o.on_event then o.on_event("evaluated", found) end
-  if not self.best or found.loss < self.best.eval_loss then
+  if finite(found.loss) and (not self.best or found.loss < self.best.eval_loss) then
     self.best, self.stale = { eval_loss = found.loss, step = self.step }, 0
     if o.out then
       local ok, message = saves.write_best(o.out, self)
@@ -271,27 +266,19 @@ function Run:is_stale() return self.o.patience ~= nil and self.stale >= self.o.p
 
 local function due(step, every) return every and every > 0 and step % every == 0 end
 
---- The updates up to the last one.
+--- The updates up to the last one. Nothing is looked at or written behind an update that was skipped: what led to it may be in the parameters.
 -- @return string|nil why it stopped before
 function Run:go()
   local o = self.o
   local stopped = self:is_stale() and "early" or nil
-  local function finish()
-    local record = self.pending
-    self.pending = nil
-    self:finish(record)
-  end
   while self.step < o.total_steps and not stopped do
-    local record = self:update()
-    finish()
-    self.pending = record
-    local save, look = due(self.step, o.save_every), o.eval_rows and due(self.step, o.eval_every)
+    self:update()
+    local sound = self.broken == 0
     if o.cancelled and o.cancelled() then stopped = "cancelled" end
-    if save or look or stopped then finish() end
-    if look and self:look() then stopped = "early" end
-    if save then self:save() end
+    if sound and o.eval_rows and due(self.step, o.eval_every) and self:look() then stopped = "early" end
+    if sound and due(self.step, o.save_every) then self:save() end
   end
-  finish()
+  if self.broken > 0 then self:give_up() end
   if o.out and (o.save_every or stopped == "cancelled") and self.saved ~= self.step then self:save() end
   return stopped
 end
@@ -299,8 +286,7 @@ end
 --- After an error: the checkpoint of the last whole update, if there is something to keep.
 -- @return string|nil its path
 function Run:rescue()
-  pcall(self.finish, self, self.pending)                                      -- the log has the step that the checkpoint has
-  if not self.o.out or self.lost or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
+  if not self.o.out or self.broken > 0 or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
   return pcall(self.save, self) and saves.latest(self.o.out) or nil
 end
 
@@ -332,8 +318,8 @@ local function run(model, rows, o)
   self.opt:close()
   local loss = self.last and self.last.loss
   for i = #records, 1, -1 do loss = loss or type(records[i].loss) == "number" and records[i].loss end
-  return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds or 0, tokens = self.tokens or 0,
-    tokens_per_s = self.tokens and self.tokens / self.seconds or 0, best = self.best, stale = self.stale, stopped = stopped,
+  return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds, tokens = self.tokens,
+    tokens_per_s = self.seconds > 0 and self.tokens / self.seconds or 0, best = self.best, stale = self.stale, stopped = stopped,
     records = records,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
 end
