@@ -39,7 +39,7 @@ parser:option("--eval-data", "Rows held out, of the same kind.")
 parser:option("--eval-every", "Updates between evaluations (default: before and after)."):convert(cli.count)
 parser:option("--patience", "Stop after so many evaluations without gain."):convert(cli.count)
 parser:option("--seed", "Of the adapter, the order of rows and dropout (42)."):convert(cli.count)
-parser:option("--log", "JSONL file, a line an update; the curve goes beside it as an SVG (OUT/log.jsonl).")
+parser:option("--log", "JSONL file, a line an update, over nothing but another such log; the curve goes beside it as an SVG (OUT/log.jsonl).")
 parser:option("--out", "Folder for the adapter (or the model) and the checkpoints.")
 
 local function names(text)
@@ -199,7 +199,7 @@ local function look(args)
       .. "): without --save-every a run leaves nothing to go on from") or "")
   end
   local rows, held_out = scan(args.data, args), scan(args.eval_data, args)
-  cli.check(train.saves.holding(args.out, function() return train.log.can_write(log_path(args)) end))
+  cli.check(train.saves.holding(args.out, function() return train.log.can_write(log_path(args), { args.data, args.eval_data }) end))
   return rows, held_out
 end
 
@@ -243,13 +243,23 @@ local function train(model, tok, args, rows, held_out, save)
   return result
 end
 
+-- Whether a file may be written with our curve: it is not there, or it holds one.
+local function may_replace(path)
+  local f = io.open(path)
+  local head = f and f:read(1000)
+  if f then f:close() end
+  return not f or (head or ""):find(">Loss of ", 1, true) ~= nil
+end
+
 -- The curve in the terminal and as an SVG beside the log.
 local function show_curve(result, args)
   local curve, path = require("wane.train").curve, log_path(args):gsub("%.jsonl$", "") .. ".svg"
-  local f = io.open(path, "w")
+  local f = may_replace(path) and io.open(path, "w")
   if f then
     f:write(curve.svg(result.curve, "Loss of " .. args.out))
     f:close()
+  else
+    cli.note("the curve was not written to '%s': %s", path, may_replace(path) and "the file cannot be written" or "another file is there")
   end
   if not args.json then print(curve.terminal(result.curve, math.min(tonumber(os.getenv "COLUMNS") or 80, 120), 10)) end
 end

@@ -176,6 +176,8 @@ describe("wane finetune", function()
       { 1, ("--data %s --resume"):format(rows_path) .. out, "there is no checkpoint in" },
       { 1, ("--data %s --log /nowhere/log"):format(rows_path) .. out, "cannot write the log: .*/nowhere/log" },
       { 1, ("--data %s --log %s"):format(rows_path, dir) .. out, "cannot write the log: .* is a folder" },
+      { 1, ("--data %s --log %s"):format(rows_path, rows_path) .. out, "cannot write the log: .* is the data" },
+      { 1, ("--data %s --eval-data %s --log %s"):format(rows_path, rows_path, text("text", "a\n")) .. out, "is there, and no log of wane" },
       { 1, ("--data %s --out %s"):format(rows_path, text("file", "x")), "cannot write in the folder '.*/file'" },
       { 2, ("--data %s --max-length 1"):format(rows_path) .. out, "%-%-max%-length" }, { 2, ("--data %s --lr=-1"):format(rows_path) .. out, "%-%-lr" },
       { 2, "--data /nowhere --quant int8 --double-quant" .. out, "%-%-double%-quant is for" } } do

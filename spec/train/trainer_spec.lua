@@ -575,9 +575,10 @@ describe("logs and curves", function()
   end)
 
   it("a new log leaves what stands there until it has a record", function()
-    local path = write(folder() .. "/l.jsonl", "old\n")
+    local old = '{"step": 9, "loss": 1}'
+    local path = write(folder() .. "/l.jsonl", old .. "\n")
     assert(log.open(path)):close()
-    assert.equal("old", io.open(path):read "*l")
+    assert.equal(old, io.open(path):read "*l")
     local l = assert(log.open(path))
     l:add { step = 1, loss = 1 }
     l:add { step = 2, loss = 1 }
@@ -585,6 +586,44 @@ describe("logs and curves", function()
     local steps = {}
     for line in io.lines(path) do steps[#steps + 1] = cjson.decode(line).step end
     assert.same({ 1, 2 }, steps)
+  end)
+
+  it("a log is written over nothing but another log, and never over the data", function()
+    local dir = folder()
+    local path, model = dir .. "/mine.jsonl", adapted()
+    for _, text in ipairs { "old\n", '{"text":"a"}\n', '{"step":1,"text":"a"}\n', "\n", "[1]\n" } do
+      write(path, text)
+      local ok, message, code = wane.train.run(model, open(), with { max_steps = 1, log = path })
+      assert.is_nil(ok)
+      assert.matches("cannot write the log: '.*/mine.jsonl' is there, and no log of wane: choose another file", message)
+      assert.equal("io", code)
+      assert.equal(text, io.open(path):read "*a")
+    end
+    write(path, '{"step":1,"loss":2,"input_ids":[5,6,7]}\n')         -- a log by its first line
+    os.execute(("ln -s mine.jsonl %s/link.jsonl"):format(dir))
+    for data_path, log_path in pairs { [path] = path, [dir .. "/link.jsonl"] = path, [dir .. "/../" .. dir:match "[^/]*$" .. "/mine.jsonl"] = path } do
+      local rows = assert(data.open(data_path, nil))
+      assert.matches("cannot write the log: .* is the data", (select(2, wane.train.run(model, rows, with { max_steps = 1, log = log_path }))))
+      assert.matches("is the data", (select(2, wane.train.run(model, open(), with { max_steps = 1, log = log_path, eval_rows = rows, eval_every = 1 }))))
+    end
+    write(path, "")
+    assert(wane.train.run(model, open(), with { max_steps = 1, log = path }))
+    assert(wane.train.run(model, open(), with { max_steps = 1, log = path }))
+    model:close()
+  end)
+
+  it("a log is one run's at a time", function()
+    local dir, patience = folder(), saves.patience
+    saves.patience = 0.1
+    local first = assert(log.open(dir .. "/l.jsonl"))
+    local second, message, code = log.open(dir .. "/l.jsonl")
+    assert.is_nil(second)
+    assert.matches("another run writes the log '.*/l.jsonl': .* is held by process %d+", message)
+    assert.equal("busy", code)
+    first:close()
+    assert(log.open(dir .. "/l.jsonl")):close()
+    assert.same({}, paths.list(dir))                                      -- the lock is gone
+    saves.patience = patience
   end)
 
   it("a full disk under a log is told", function()

@@ -302,8 +302,8 @@ local function run(model, rows, o)
     local ok, message = self:resume()
     if not ok then return nil, message, "mismatch" end
   end
-  local log, message = logs.open(o.log, o.resume and self.step or nil)
-  if not log then return nil, message, "io" end
+  local log, message, code = logs.open(o.log, o.resume and self.step or nil, { rows.path, o.eval_rows and o.eval_rows.path })
+  if not log then return nil, message, code end
   self.log = log
   local finished = self.step >= o.total_steps or self:is_stale()
   local ok, stopped = pcall(self.go, self)

@@ -5,6 +5,7 @@ local core = require "wane.core"
 local ffi = require "ffi"
 local json = require "wane.checkpoint.json"
 local paths = require "wane.checkpoint.paths"
+local saves = require "wane.train.saves"
 local writer = require "wane.checkpoint.writer"
 
 local M = {}
@@ -44,31 +45,63 @@ local function begin(self)
   return self.file and true, message
 end
 
---- Whether a log can be put at `path`. Nothing stays of the trial.
+-- Whether a file is a log of ours, or empty: its first line, which is renamed into place and so is whole, has what all records have.
+local function is_log(path)
+  local f, message = io.open(path, "rb")
+  if not f then return nil, message end
+  local line = f:read "*l"
+  f:close()
+  if not line then return true end
+  local ok, record = pcall(cjson.decode, line)
+  return ok and type(record) == "table" and type(record.step) == "number" and (record.loss or record.eval_loss) ~= nil
+end
+
+--- Whether a log can be put at `path`: in a folder that can be written, over nothing but another log, and not over what a run reads. Nothing stays
+-- of the trial.
 -- @param path string
+-- @param data string[]|nil files of training data
 -- @return true|nil, string|nil message
-function M.can_write(path)
+function M.can_write(path, data)
   local box = ffi.new "wane_writer *[1]"
   if paths.is_folder(path) then return nil, ("cannot write the log: '%s' is a folder"):format(path) end
+  for _, file in ipairs(data or {}) do
+    if paths.real(file) == paths.real(path) and paths.real(path) then return nil, ("cannot write the log: '%s' is the data"):format(path) end
+  end
+  if paths.is_file(path) and not is_log(path) then
+    return nil, ("cannot write the log: '%s' is there, and no log of wane: choose another file, or remove it"):format(path)
+  end
   if core.C.wane_writer_open(box, path) < 0 then return nil, "cannot write the log: " .. ffi.string(core.C.wane_error()) end
   core.C.wane_writer_free(box[0])
   return true
 end
 
---- Opens a log. A new one is written with its first record, so that a run that fails before leaves what was there.
+-- The lock of a log, which lies beside it: of two runs that share one each would replace what the other wrote.
+local function lock(path)
+  local folder, name = path:match "^(.*/)([^/]*)$"
+  local held, message, status = saves.lock(("%s.%s.lock"):format(folder or "", name or path))
+  if held then return held end
+  if status ~= core.C.WANE_E_TIMEOUT then return nil, "cannot write the log: " .. message end
+  return nil, ("another run writes the log '%s': %s. Wait for its end, or choose another file"):format(path, message), "busy"
+end
+
+--- Opens a log, and holds it until it is closed. A new one is written with its first record, so that a run that fails before leaves what was there.
 -- @param path string|nil nil: records are kept in memory alone
 -- @param resume integer|nil the step that a resumed run goes on from: later records, of steps that will be done again, are dropped; nil: a new log
--- @return wane.TrainLog|nil, string|nil message where it cannot be written
-function M.open(path, resume)
+-- @param data string[]|nil files that it must not be
+-- @return wane.TrainLog|nil, string|nil message where it cannot be written, string|nil code: "busy" where another run writes it, "io"
+function M.open(path, resume, data)
   local self = setmetatable({ path = path, records = {} }, Log)
   if not path then return self end
-  local ok, message = M.can_write(path)
+  local ok, message, code = M.can_write(path, data)
+  if ok then self.lock, message, code = lock(path) end
+  ok = self.lock
   if ok and resume and paths.is_file(path) then
     self.records = read(path, resume)
     ok, message = begin(self)
   end
-  if not ok then return nil, message end
-  return self
+  if ok then return self end
+  self:close()
+  return nil, message, code or "io"
 end
 
 --- Adds a record; on the disk at once.
@@ -98,10 +131,11 @@ function Log:points(field)
   return points
 end
 
---- Closes the file.
+--- Closes the file, and lets it go.
 function Log:close()
   if self.file then self.file:close() end
-  self.file = nil
+  if self.lock then saves.unlock(self.lock) end
+  self.file, self.lock = nil, nil
 end
 
 return M

@@ -34,18 +34,30 @@ local function missing(dir)
   return list
 end
 
--- Waits for the lock of dir/.lock: the lock, or nil, message, code.
-local function take(dir)
+--- Waits for a lock, `patience` seconds at most. The kernel lets it go when this process ends.
+-- @param path string of the lock's file
+-- @return cdata|nil to be given to unlock, string|nil message, integer|nil status (WANE_E_TIMEOUT: another process has it)
+function M.lock(path)
   local job, box = ffi.new "wane_job *[1]", ffi.new "wane_lock *[1]"
-  local status = C.wane_path_make(dir)
-  if status >= 0 then status = C.wane_lock_open(job, dir .. "/.lock", M.patience * 1e9) end
+  local status = C.wane_lock_open(job, path, M.patience * 1e9)
   if status >= 0 then
     local handle = ffi.gc(job[0], C.wane_job_free)
     status = core.wait_job(handle)
     if status >= 0 then status = C.wane_lock_take(handle, box) end
   end
   if status >= 0 then return ffi.gc(box[0], C.wane_lock_free) end
-  local message = ffi.string(C.wane_error())
+  return nil, ffi.string(C.wane_error()), status
+end
+
+--- Lets a lock go.
+-- @param lock cdata from lock
+function M.unlock(lock) C.wane_lock_free(ffi.gc(lock, nil)) end
+
+-- Waits for the lock of dir/.lock: the lock, or nil, message, code.
+local function take(dir)
+  local lock, message, status
+  if C.wane_path_make(dir) < 0 then message = ffi.string(C.wane_error()) else lock, message, status = M.lock(dir .. "/.lock") end
+  if lock then return lock end
   if status ~= C.WANE_E_TIMEOUT then return nil, ("cannot write in the folder '%s': %s"):format(dir, message), "io" end
   return nil, ("another run is at work in '%s': %s. Wait for its end, or choose another folder"):format(dir, message), "busy"
 end
@@ -59,7 +71,7 @@ function M.holding(dir, fn)
   local made = missing(dir)
   local lock, message, code = take(dir)
   local function finish(ok, ...)
-    if lock then C.wane_lock_free(ffi.gc(lock, nil)) end
+    if lock then M.unlock(lock) end
     for _, path in ipairs(made) do if not os.remove(path) then break end end        -- refused where something is in it
     if not ok then error((...), 0) end
     return ...
