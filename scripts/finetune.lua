@@ -27,7 +27,7 @@ parser:option("--max-steps", "Updates (default: --epochs)."):convert(cli.count)
 parser:option("--epochs", "Passes over the data (3)."):convert(cli.number)
 parser:option("--batch-size", "Rows at a time (4)."):convert(cli.count)
 parser:option("--accumulate", "Batches an update (1)."):convert(cli.count)
-parser:option("--max-length", "Longer rows are cut (512)."):convert(cli.count)
+parser:option("--max-length", "Longer rows are cut (512, or as many as the model has learned positions for)."):convert(cli.count)
 parser:flag("--packing", "Several short rows side by side, none seeing another.")
 parser:flag("--group-by-length", "Batches of rows of similar length.")
 parser:option("--clip", "Largest norm of an update's gradient; 0: any (1.0)."):convert(cli.number)
@@ -133,7 +133,7 @@ end
 -- ---------------------------------------------------------------- what makes another run
 
 -- What a resumed run must have been started with, beside what the trainer compares.
-local SETTINGS = { "model", "data", "text_field", "bad_rows", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
+local SETTINGS = { "model", "data", "text_field", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
   "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable",
   "num_decay_steps", "min_lr" }
 local LISTS = { skip = true, target_modules = true, modules_to_save = true }
@@ -149,20 +149,23 @@ local function in_order(text)
   return table.concat(list, " ")
 end
 
+local function default_length(model) return math.min(512, model:learned_positions() or 512) end
+
 -- What options are when nobody gives them. --lora-r is more than a default beside --trainable: it asks for an adapter.
 local function defaults_of(model, args)
   local modules = require("wane.lora.targets").defaults[model.family.name]
-  return { text_field = "text", bad_rows = "fail", max_length = 512, quant = "none", block_size = args.quant == "int8-blockwise" and 4096 or 64,
+  return { text_field = "text", max_length = default_length(model), quant = "none", block_size = args.quant == "int8-blockwise" and 4096 or 64,
     threshold = 6, compute = model.default_compute, lora_r = not args.trainable and 8 or nil, lora_alpha = 16, lora_dropout = 0,
     target_modules = modules and in_order(table.concat(modules, " ")), bias = "none" }
 end
 
--- One text for all ways to say the same: lists in one order, and nothing that is as if nobody had given it.
+-- One text for all ways to say the same: lists in one order, and nothing that is as if nobody had given it. bad_rows, which older versions had in it,
+-- changes no order of rows: a run that a bad row ended goes on with the others.
 local function canonical(text, defaults)
   local parts = {}
   for name, value in (text .. ", "):gmatch "(%S+) (.-), " do
     if LISTS[name] then value = in_order(value) end
-    if value ~= tostring(defaults[name]) then parts[#parts + 1] = name .. " " .. value end
+    if value ~= tostring(defaults[name]) and name ~= "bad_rows" then parts[#parts + 1] = name .. " " .. value end
   end
   return table.concat(parts, ", ")
 end
@@ -217,8 +220,12 @@ end
 
 -- Trains, writes the result, and only then looks at what was held out once more.
 local function train(model, tok, args, rows, held_out, save)
-  local wane = require "wane"
-  for _, r in ipairs { rows, held_out } do cli.check(r:bind(tok, { encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size })) end
+  local wane, positions = require "wane", model:learned_positions()
+  if positions and (args.max_length or 0) > positions then cli.fail("--max-length %d: the model has learned positions for %d", args.max_length, positions) end
+  for _, r in ipairs { rows, held_out } do
+    r.max_length = args.max_length or default_length(model)
+    cli.check(r:bind(tok, { encoder_decoder = model.encode ~= nil, vocabulary = model.config.vocab_size }))
+  end
   local pad = tok and tok.pad_id or 0
   local function evaluate() return held_out and wane.train.evaluate(model, held_out, { batch_size = args.batch_size or 4, pad = pad }) end
   local before = not args.resume and evaluate() or nil

@@ -312,6 +312,12 @@ function Model:checkpoint_layers(on)
   return self
 end
 
+--- How many tokens a sequence may have: the size of a table of learned positions (GPT-2, GPT-Neo, OPT), nil for a model without one.
+-- @return integer|nil
+function Model:learned_positions()
+  for _, m in self:modules() do if m.type_name == "PositionEmbedding" then return m.count end end
+end
+
 --- Every Linear with its path.
 function Model:linears()
   local list = {}

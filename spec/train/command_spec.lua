@@ -107,6 +107,37 @@ describe("wane finetune", function()
     assert(wane.load(dir, { tokenizer = false })):close()
   end)
 
+  it("refuses rows longer than the model has learned positions for, and cuts there by default", function()
+    local dir = folder()
+    local path, ids = dir .. "/long.jsonl", {}
+    for t = 1, 70 do ids[t] = 5 + t % 9 end
+    local f = assert(io.open(path, "w"))
+    f:write(cjson.encode { input_ids = ids }, "\n")
+    f:close()
+    local command = ("%s finetune --model %sgpt2 --data %s --max-steps 1 --out %s/out"):format(bin, golden.root, path, dir)
+    local _, err, status = run(command .. " --max-length 65")
+    assert.equal(1, status)
+    assert.matches("%-%-max%-length 65: the model has learned positions for 64", err)
+    _, err, status = run(command)
+    assert.equal(0, status, err)
+    assert.matches("1 row%(s%) cut to %-%-max%-length", err)
+  end)
+
+  it("goes on without a bad row that ended it", function()
+    local dir = folder()
+    local path = dir .. "/rows.jsonl"
+    local f = assert(io.open(path, "w"))
+    for i = 1, 30 do f:write(i % 10 == 0 and '{"input_ids":[5,"a"]}' or cjson.encode { input_ids = { 5, 6, 7, i } }, "\n") end
+    f:close()
+    local command = ("%s finetune --model %sllama --data %s --batch-size 2 --epochs 1 --out %s/out"):format(bin, golden.root, path, dir)
+    local _, err, status = run(command)
+    assert.equal(1, status)
+    assert.matches("%-%-bad%-rows skip on the command line.*checkpoint%-%d+; resume goes on from it, with the same rows%)", err)
+    _, err, status = run(command .. " --bad-rows skip --resume")
+    assert.equal(0, status, err)
+    assert.matches("row%(s%) left out", err)
+  end)
+
   for pattern, options in pairs {
     ["%-%-out is missing"] = "--out-missing", ["%-%-batch%-size: a number above 0"] = "--batch-size 0 --out x",
     ["there is no optimizer 'adamx'"] = "--optim adamx --out x", ["there is no 'liner'"] = "--schedule liner --out x",

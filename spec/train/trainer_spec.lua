@@ -464,7 +464,7 @@ describe("a run that fails", function()
     end
     assert.equal(3, logged)
     assert.matches("line 30: broken", message)
-    assert.matches("checkpoint%-3; resume goes on from it", message)
+    assert.matches("checkpoint%-3; resume goes on from it, with the same rows%)", message)
     assert.equal(3, select(2, saves.latest(dir)))
     cut:close()
     rows.mend()
@@ -477,6 +477,56 @@ describe("a run that fails", function()
     assert.near(result.loss, finished.loss, 1e-9)
     whole:close()
     again:close()
+  end)
+
+  it("at a bad row goes on without it, as a run does that had left it out from the first", function()
+    local text = assert(io.open(rows_path)):read "*a"
+    local path, n = folder() .. "/rows.jsonl", 0
+    write(path, (text:gsub("[^\n]+", function(line)
+      n = n + 1
+      return n >= 30 and n <= 37 and '{"input_ids":[5,"a"]}' or line     -- as many as an update takes: an epoch has one fewer
+    end)))
+    local function rows(bad_rows) return assert(data.open(path, nil, { bad_rows = bad_rows })) end
+    for _, length in ipairs { { max_steps = 7 }, { epochs = 2 } } do
+      local whole, cut, dir = adapted(), adapted(), folder()
+      local function o(more)
+        local out = with(more)
+        out.shuffle, out.max_steps, out.epochs = false, length.max_steps, length.epochs
+        return out
+      end
+      assert.error_matches(function() wane.train.run(cut, rows "fail", o { out = dir }) end,
+        "line 30: .*checkpoint%-3; resume goes on from it, with the same rows%)")
+      local again = adapted()
+      local result = assert(wane.train.run(again, rows "skip", o { out = dir, resume = true }))
+      assert.equal(length.max_steps or 10, result.steps)                  -- its own number, 8 with the bad rows left out from the first
+      assert.is_true(result.records[#result.records].lr > 0)
+      if length.max_steps then
+        assert(wane.train.run(whole, rows "skip", o {}))
+        assert.same(values(whole), values(again))
+      end
+      for _, m in ipairs { whole, cut, again } do m:close() end
+    end
+  end)
+
+  it("says which line is longer than the model has learned positions for", function()
+    local ids = {}
+    for t = 1, 70 do ids[t] = 5 + t % 9 end
+    local path = write(folder() .. "/long.jsonl", '{"input_ids":[5,6,7]}\n\n' .. cjson.encode { input_ids = ids } .. "\n")
+    for name, most in pairs { gpt2 = 64, opt = 64, llama = false } do
+      local model = assert(wane.load(golden.root .. name, { tokenizer = false, compute = "f32" }))
+      assert.equal(most or nil, (model:learned_positions()))
+      model:train_parameters "1-d"
+      local function rows(length) return assert(data.open(path, nil, { max_length = length })) end
+      local o = { batch_size = 1, max_steps = 2 }
+      for _, packing in ipairs(most and { false, true } or {}) do
+        o.packing = packing
+        assert.error_matches(function() wane.train.run(model, rows(), o) end,
+          "long.jsonl, line 3: 70 ids, and the model has learned positions for 64: max_length = 64 %(%-%-max%-length%) cuts such rows")
+      end
+      if most then assert.error_matches(function() wane.train.evaluate(model, rows()) end, "line 3: 70 ids") end
+      assert(wane.train.run(model, rows(most or nil), o))
+      model:close()
+    end
   end)
 
   it("says which checkpoint is damaged and which one is whole", function()

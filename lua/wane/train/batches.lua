@@ -54,19 +54,19 @@ local Feed = {}
 Feed.__index = Feed
 
 local known = { batch_size = true, accumulate = true, shuffle = true, seed = true, packing = true, max_length = true, group_by_length = true,
-  drop_last = true, pad = true }
+  drop_last = true, pad = true, longest = true }
 
 --- An endless source of updates.
 -- @param rows wane.Rows
 -- @param o table|nil { batch_size = 8, accumulate = 1, shuffle = true, seed = 42, packing = false, max_length = rows.max_length,
---   group_by_length = false, drop_last = false, pad = 0 }
+--   group_by_length = false, drop_last = false, pad = 0, longest = ids that a row may have, as model:learned_positions() says; a longer one raises }
 -- @return wane.Feed
 function M.new(rows, o)
   o = o or {}
   for key in pairs(o) do if not known[key] then core.raise("batches.new: there is no option '%s'", tostring(key)) end end
   local self = setmetatable({ rows = rows, batch_size = o.batch_size or 8, accumulate = o.accumulate or 1, seed = o.seed or 42, packing = o.packing or false,
     max_length = o.max_length or rows.max_length, by_length = o.group_by_length or false, drop_last = o.drop_last or false, pad = o.pad or 0,
-    shuffle = o.shuffle ~= false, epoch = 0, at = 0 }, Feed)
+    shuffle = o.shuffle ~= false, longest = o.longest or math.huge, epoch = 0, at = 0 }, Feed)
   if rows.count == 0 then core.raise("batches: %s has no rows", tostring(rows.path)) end
   if self.packing and rows.encoder_decoder then core.raise "batches: rows of an encoder-decoder cannot be packed" end
   if self.packing and self.by_length then core.raise "batches: packing and group_by_length exclude each other" end
@@ -111,6 +111,10 @@ local function take(self)
     end
     self.at = self.at + 1
     local row, number = row_at(self, place)
+    if row and #row.ids > self.longest then
+      core.raise("%s, line %s: %d ids, and the model has learned positions for %d: max_length = %d (--max-length) cuts such rows", tostring(self.rows.path),
+        tostring(row.line), #row.ids, self.longest, self.longest)
+    end
     if row then return row, number end
   end
 end

@@ -26,6 +26,7 @@ local HEAD = 2 ^ 16                      -- bytes in which a NUL tells a binary 
 ---@field path string
 ---@field kind string
 ---@field count integer rows: lines that are not blank (text: of max_length ids, the last one shorter)
+---@field max_length integer longer rows are cut; may be set before bind
 ---@field skipped table[] { line, reason }: the first bad rows
 ---@field bad integer how many were skipped so far
 ---@field truncated integer how many were cut to max_length so far, each counted once

@@ -62,17 +62,26 @@ local function groups_of(params, decay)
   return groups
 end
 
+-- Updates of an epoch in which no row is left out.
+local function updates_of_all(rows, o)
+  local n = rows.count / o.batch_size
+  n = o.drop_last and math.floor(n) or math.ceil(n)
+  return math.ceil(n / o.accumulate)
+end
+
 -- Updates of an epoch: a matter of numbers, unless rows are packed or may be left out, when one epoch is gone through.
 local function updates_per_epoch(feed, o)
-  if not o.packing and feed.rows.bad_rows ~= "skip" then
-    local n = feed.rows.count / o.batch_size
-    n = o.drop_last and math.floor(n) or math.ceil(n)
-    return math.ceil(n / o.accumulate)
-  end
+  if not o.packing and feed.rows.bad_rows ~= "skip" then return updates_of_all(feed.rows, o) end
   local n = 0
   while feed:rest() do n = n + 1 end
   feed:begin(0)
   return math.max(n, 1)
+end
+
+local function rate_of(o)
+  local rate = { lr = o.lr, warmup_steps = o.warmup_steps, total_steps = o.total_steps }
+  for key, value in pairs(o.schedule_options or {}) do rate[key] = value end
+  return schedule.new(o.schedule, rate)
 end
 
 local Run = {}
@@ -85,16 +94,14 @@ local function set_up(model, rows, o)
     core.raise "train.run: the model trains nothing: attach an adapter (wane.lora.attach), or choose parameters (model:train_parameters)"
   end
   self.feed = batches.new(rows, { batch_size = o.batch_size, accumulate = o.accumulate, shuffle = o.shuffle, seed = o.seed, packing = o.packing,
-    max_length = o.max_length, group_by_length = o.group_by_length, drop_last = o.drop_last, pad = o.pad })
+    max_length = o.max_length, group_by_length = o.group_by_length, drop_last = o.drop_last, pad = o.pad, longest = model:learned_positions() })
   o.total_steps = o.max_steps or math.ceil(o.epochs * updates_per_epoch(self.feed, o))
   local make, message = optim.by_name(o.optim)
   if not make then core.raise("train.run: %s", message) end
   local settings = { lr = o.lr }
   for key, value in pairs(o.optim_options or {}) do settings[key] = value end
   self.opt = make(groups_of(self.params, o.weight_decay), settings)
-  local rate = { lr = o.lr, warmup_steps = o.warmup_steps, total_steps = o.total_steps }
-  for key, value in pairs(o.schedule_options or {}) do rate[key] = value end
-  self.rate = schedule.new(o.schedule, rate)
+  self.rate = rate_of(o)
   model:checkpoint_layers(o.checkpointing)
   return self
 end
@@ -144,6 +151,13 @@ function Run:resume()
   end
   local state, message = saves.state(path)
   if not state then return damaged(message) end
+  -- A run that a bad row ended goes on with bad_rows = "skip": the order of rows is that of all rows, good or bad, so nothing before it was another.
+  -- It keeps its number of updates, which an epoch without the bad ones may have fewer of.
+  local was_total = state.settings.total_steps
+  if not self.o.max_steps and self.feed.rows.bad_rows == "skip" and was_total == math.ceil(self.o.epochs * updates_of_all(self.feed.rows, self.o)) then
+    self.o.total_steps = was_total
+    self.rate = rate_of(self.o)
+  end
   for _, key in ipairs(same) do
     local was, is = state.settings[key], self.o[key]
     if was ~= is then
@@ -175,7 +189,7 @@ end
 -- @return table { loss, perplexity, count }
 function M.evaluate(model, rows, o)
   o = o or {}
-  local feed = batches.new(rows, { batch_size = o.batch_size or 8, shuffle = false, pad = o.pad })
+  local feed = batches.new(rows, { batch_size = o.batch_size or 8, shuffle = false, pad = o.pad, longest = model:learned_positions() })
   local sum, count = 0, 0
   for update in feed.rest, feed do
     local batch = update[1]
@@ -310,7 +324,7 @@ local function run(model, rows, o)
   if not ok then
     local kept = self:rescue()
     self.log:close()
-    if kept and type(stopped) == "string" then stopped = ("%s (written: %s; resume goes on from it)"):format(stopped, kept) end
+    if kept and type(stopped) == "string" then stopped = ("%s (written: %s; resume goes on from it, with the same rows)"):format(stopped, kept) end
     error(stopped, 0)
   end
   self.log:close()
