@@ -117,6 +117,29 @@ describe("a run", function()
     assert.same(results[1], results[3])
   end)
 
+  it("leaves layers checkpointed or not as the model has them, unless told", function()
+    local model = adapted()
+    for _, c in ipairs { { true, nil, true }, { false, nil, nil }, { true, false, nil }, { false, true, true } } do
+      model:checkpoint_layers(c[1])
+      assert(wane.train.run(model, open(), with { max_steps = 1, checkpointing = c[2] }))
+      assert.equal(c[3], model.checkpointing)
+    end
+    model:close()
+  end)
+
+  it("begins without the gradients that something left behind", function()
+    local results = {}
+    for i = 1, 2 do
+      local model = adapted { dropout = 0 }
+      local ids = { { 9, 8, 7, 6, 5 } }
+      if i == 2 then model:loss(ids, ids):backward() end
+      assert(wane.train.run(model, open(), with { max_steps = 2 }))
+      results[i] = values(model)
+      model:close()
+    end
+    assert.same(results[1], results[2])
+  end)
+
   it("keeps the best adapter, stops when held-out rows gain no more, and rotates checkpoints", function()
     local dir, model = folder(), adapted { dropout = 0 }
     local held_out = open()
@@ -572,6 +595,40 @@ describe("a run that fails", function()
     end
     assert.is_true(assert(wane.train.run(model, open(), o)).finished)
     model:close()
+  end)
+
+  it("leaves the model alone where a checkpoint does not fit, in whichever file", function()
+    local model, other, dir = adapted(), adapted(), folder()
+    local o = with { max_steps = 2, save_every = 2, out = dir }
+    assert(wane.train.run(model, open(), o))
+    local path = dir .. "/checkpoint-2/"
+    local function resign()                                               -- as if it had been written so: no checksums
+      local state = cjson.decode(assert(io.open(path .. "trainer_state.json")):read "*a")
+      state.xxh64 = nil
+      write(path .. "trainer_state.json", cjson.encode(state))
+    end
+    resign()
+    local before, serialize = values(other), require "wane.serialize"
+    o.resume = true
+    local function refused(pattern)
+      local ok, message = wane.train.run(other, open(), o)
+      assert.is_nil(ok)
+      assert.matches("the checkpoint of step 2 cannot be read: .*" .. pattern, message)
+      assert.same(before, values(other))
+    end
+    os.execute(("cp -r %s %s/kept"):format(path, dir))
+    write(path .. "optimizer.safetensors", "no tensors")
+    refused "optimizer.safetensors"
+    os.execute(("cp %s/kept/* %s"):format(dir, path))
+    for _, change in ipairs { function(t, name) t[name] = wane.zeros(3, 3) end, function(t, name) t[name] = nil end } do
+      local tensors = assert(serialize.load(dir .. "/kept/parameters.safetensors"))
+      local name = other:trainable_parameters()[2].name
+      change(tensors, name)
+      assert(serialize.save(path .. "parameters.safetensors", tensors))
+      refused(tensors[name] and "is .*%[3, 3%].*expected" or "holds no '.*', which is trained here")
+    end
+    model:close()
+    other:close()
   end)
 
   it("goes on from a checkpoint that an older wane wrote, without checksums", function()

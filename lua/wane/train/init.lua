@@ -18,10 +18,10 @@ local schedule = require "wane.optim.schedule"
 local M = { data = require "wane.train.data", batches = batches, curve = require "wane.train.curve", log = logs, saves = saves }
 
 local defaults = { lr = 5e-5, schedule = "linear", warmup_steps = 0, epochs = 3, batch_size = 8, accumulate = 1, clip = 1.0, optim = "adamw",
-  weight_decay = 0, seed = 42, shuffle = true, packing = false, group_by_length = false, checkpointing = false, resume = false }
+  weight_decay = 0, seed = 42, shuffle = true, packing = false, group_by_length = false, resume = false }
 local others = { max_steps = 1, out = 1, log = 1, save_every = 1, save_total_limit = 1, eval_rows = 1, eval_every = 1, patience = 1, cancelled = 1,
   on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, max_length = 1, drop_last = 1, fingerprint = 1,
-  held = 1 }
+  held = 1, checkpointing = 1 }
 -- Options that a resumed run must share with the one it goes on from.
 local same = { "lr", "schedule", "warmup_steps", "batch_size", "accumulate", "clip", "optim", "weight_decay", "seed", "shuffle", "packing", "group_by_length",
   "total_steps", "fingerprint" }
@@ -102,7 +102,8 @@ local function set_up(model, rows, o)
   for key, value in pairs(o.optim_options or {}) do settings[key] = value end
   self.opt = make(groups_of(self.params, o.weight_decay), settings)
   self.rate = rate_of(o)
-  model:checkpoint_layers(o.checkpointing)
+  if o.checkpointing ~= nil then model:checkpoint_layers(o.checkpointing) end      -- nil: as lora.prepare_for_kbit_training left it
+  self.opt:zero_grad()                             -- what a loss before this run, or a run that failed, left is no part of the first update
   return self
 end
 
@@ -343,7 +344,7 @@ end
 -- @param rows wane.Rows see wane.train.data
 -- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
 --   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
---   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing = false,
+--   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing (nil: as the model is),
 --   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
 --   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
 --   fingerprint = any text that a resumed run must share, held = true where the caller holds `out` already (wane.train.saves.holding) }

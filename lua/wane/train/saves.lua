@@ -249,7 +249,8 @@ function M.whole_before(dir, step)
   end
 end
 
---- Reads a checkpoint's tensors into a run that was set up as the one that wrote it, once their files have their checksums.
+--- Reads a checkpoint's tensors into a run that was set up as the one that wrote it, once their files have their checksums. Where something does not
+-- fit, nothing is changed.
 -- @param path string of a checkpoint-N
 -- @param run table { params, opt }
 -- @param state table of the checkpoint, from state()
@@ -265,8 +266,11 @@ function M.read(path, run, state)
     if not from then return nil, ("%s holds no '%s', which is trained here"):format(path, p.name) end
     if from:describe() ~= p:describe() then return nil, ("%s: '%s' is %s, expected %s"):format(path, p.name, from:describe(), p:describe()) end
   end
+  local ok
+  ok, message = run.opt:load(path .. "/optimizer.safetensors")
+  if not ok then return nil, message end
   for _, p in ipairs(run.params) do p:copy(saved[p.name]) end
-  return run.opt:load(path .. "/optimizer.safetensors")
+  return true
 end
 
 return M
