@@ -177,6 +177,52 @@ describe("rows", function()
     assert.error_matches(function() data.open(path, nil, { vocabulary = 0 }) end, "vocabulary: expected how many ids there are, .* found 0")
   end)
 
+  it("of ids leave out padding, as their mask tells it, on either side", function()
+    local function row(line, o) return assert(data.open(file(line .. "\n"), nil, o)):get(1) end
+    for line, want in pairs {
+      ['{"input_ids":[5,6,7,0,0],"attention_mask":[1,1,1,0,0]}'] = { { 5, 6, 7 }, { 5, 6, 7 } },
+      ['{"input_ids":[0,5,6],"attention_mask":[0,1,1]}'] = { { 5, 6 }, { 5, 6 } },
+      ['{"input_ids":[5,6,7,0],"attention_mask":[1,1,1,0],"labels":[-100,6,7,0]}'] = { { 5, 6, 7 }, { -100, 6, 7 } },
+      ['{"input_ids":[5,6],"attention_mask":[1,1],"labels":null}'] = { { 5, 6 }, { 5, 6 } },
+      ['{"input_ids":[5,6],"attention_mask":null}'] = { { 5, 6 }, { 5, 6 } },
+    } do
+      assert.same(want, { row(line).ids, row(line).labels }, line)
+    end
+    local pair = row('{"input_ids":[5,6,0],"attention_mask":[1,1,0],"labels":[8,9,3,2]}', { encoder_decoder = true })
+    assert.same({ { 5, 6 }, { 8, 9, 3, 2 } }, { pair.ids, pair.labels })
+    for line, reason in pairs {
+      ['{"input_ids":[5,6,7],"attention_mask":[1,1]}'] = "'attention_mask' is no list as long as 'input_ids'",
+      ['{"input_ids":[5,6],"attention_mask":[1,true]}'] = "entry 2 of 'attention_mask' is neither 0 nor 1",
+      ['{"input_ids":[5,6,7],"attention_mask":[1,0,1]}'] = "has a 0 between its ones", ['{"input_ids":[5,6],"attention_mask":[0,0]}'] = "nothing to learn",
+      ['{"input_ids":7,"attention_mask":[0,0]}'] = "no list as long",
+    } do
+      assert.error_matches(function() row(line) end, "line 1: .*" .. reason)
+    end
+  end)
+
+  it("have no field that is null", function()
+    local rows = assert(data.open(file '{"messages":null,"input_ids":null,"text":"ab"}\n{"text":null}\n', tok))
+    assert.equal("jsonl", rows.kind)
+    assert.same({ 97, 98, 1 }, rows:get(1).ids)
+    assert.error_matches(function() rows:get(2) end, "line 2: no text in 'text'; its fields are none")
+    rows = assert(data.open(file '{"input":null,"target":null,"prompt":"a","completion":"b","text":"c"}\n', tok))
+    assert.same({ "pairs", { 97, 98, 1 } }, { rows.kind, rows:get(1).ids })
+  end)
+
+  it("that are no UTF-8 are bad rows, told by the byte", function()
+    local function reason(text)
+      local rows = assert(data.open(file('{"text":"good"}\n{"text":"' .. text .. '"}\n'), tok, { bad_rows = "skip" }))
+      return not rows:get(2) and rows.skipped[1].reason or nil
+    end
+    for _, text in ipairs { "a\194\128\223\191", "\224\160\128\237\159\191\238\128\128\239\191\191", "\240\144\128\128\244\143\191\191", "häß €" } do
+      assert.is_nil(reason(text), text)
+    end
+    for text, at in pairs { ["\255"] = 10, ["ab\233t"] = 12, ["ä\192\128"] = 12, ["\224\159\191"] = 10, ["\237\160\128"] = 10, ["\240\143\191\191"] = 10,
+      ["\244\144\128\128"] = 10, ["\245\128\128\128"] = 10, ["é\195"] = 12, ["\226\130"] = 10, ["\195\195\169"] = 10, ["\195\169\169"] = 12 } do
+      assert.equal(("byte %d is no UTF-8"):format(at), reason(text))
+    end
+  end)
+
   it("are the lines that are not blank, which messages count all the same", function()
     local path = file '\n{"text":"a"}\n\n \t\r\n{"text":"b"}\n{"text":""}\n\n{"text":"c"}\n  \n\n'
     local rows = assert(data.open(path, tok, { bad_rows = "skip" }))

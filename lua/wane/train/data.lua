@@ -8,7 +8,7 @@
 --   jsonl      { "text": … } or another field: a sample of its own, all of it scored, the tokenizer's beginning in front, its end behind
 --   messages   { "messages": [ { role, content } … ] }: a ChatML conversation; the assistant's answers and their ends are scored
 --   pairs      { "input", "target" } or { "prompt", "completion" }: the second is scored; for an encoder-decoder the first is what it reads
---   ids        { "input_ids", "labels" }: rows that were made elsewhere (data.export writes such)
+--   ids        { "input_ids", "labels" }: rows that were made elsewhere (data.export writes such); padding, as "attention_mask" tells it, is left out
 -- A file of JSONL of any size: lines are found through an index (wane.train.lines) and tokenized one at a time; blank ones are no rows. A plain text is
 -- tokenized whole when it is opened, and its ids are held.
 -- @module wane.train.data
@@ -136,10 +136,37 @@ function makers.pairs(self, row)
   return ids, labels
 end
 
+-- The first and the last entry of a list of ids that a mask of ones and zeros keeps; nil and why where it is none, or has zeros between its ones.
+local function unmasked(mask, ids)
+  if type(ids) ~= "table" or type(mask) ~= "table" or #mask ~= #ids then return nil, "'attention_mask' is no list as long as 'input_ids'" end
+  local from, to, ones = 1, 0, 0
+  for i, m in ipairs(mask) do
+    if m ~= 0 and m ~= 1 then return nil, ("entry %d of 'attention_mask' is neither 0 nor 1"):format(i) end
+    if m == 1 then
+      if ones == 0 then from = i end
+      to, ones = i, ones + 1
+    end
+  end
+  if ones ~= to - from + 1 then return nil, "'attention_mask' has a 0 between its ones: padding is expected at the ends alone" end
+  return from, to
+end
+
+local function slice(list, from, to)
+  local out = {}
+  for i = from, to do out[#out + 1] = list[i] end
+  return out
+end
+
 -- Rows that were made elsewhere may be made for another model: an id that this one lacks is told here, by its line, not by the op that meets it.
 function makers.ids(self, row)
   local ids, labels = row.input_ids, row.labels or row.input_ids
   local size = self.vocabulary or 2 ^ 31
+  if row.attention_mask ~= nil then
+    local from, to = unmasked(row.attention_mask, ids)
+    if not from then return nil, to end
+    if not self.encoder_decoder or not row.labels then labels = slice(labels, from, to) end
+    ids = slice(ids, from, to)
+  end
   for _, field in ipairs { { "input_ids", ids }, { "labels", labels } } do
     local name, list = field[1], field[2]
     if type(list) ~= "table" then return nil, ("'%s' is no list of ids"):format(name) end
@@ -168,7 +195,21 @@ local function decode(text)
   local ok, row = pcall(cjson.decode, text)
   if not ok then return nil, "no JSON object: " .. tostring(row) end
   if type(row) ~= "table" then return nil, ("no JSON object, but a %s"):format(row == cjson.null and "null" or type(row)) end
+  for name, value in pairs(row) do if value == cjson.null then row[name] = nil end end      -- as tables of many columns have it: none
   return row
+end
+
+-- Sequences of UTF-8: no overlong ones, no surrogates, nothing above U+10FFFF.
+local SEQUENCES = { "[\194-\223][\128-\191]", "\224[\160-\191][\128-\191]", "[\225-\236\238\239][\128-\191][\128-\191]", "\237[\128-\159][\128-\191]",
+  "\240[\144-\191][\128-\191][\128-\191]", "[\241-\243][\128-\191][\128-\191][\128-\191]", "\244[\128-\143][\128-\191][\128-\191]" }
+
+-- The place of the first byte that is no UTF-8, or nil.
+local function not_utf8(text)
+  for _, sequence in ipairs(SEQUENCES) do
+    if not text:find "[\128-\255]" then return nil end
+    text = text:gsub(sequence, function(s) return (" "):rep(#s) end)
+  end
+  return (text:find "[\128-\255]")
 end
 
 local function cut(list, n)
@@ -187,6 +228,8 @@ end
 local function make(self, i, line)
   local text, message = self.lines:get(line)
   if not text then return nil, message end
+  local wrong = not_utf8(text)
+  if wrong then return nil, ("byte %d is no UTF-8"):format(wrong) end
   local row
   row, message = decode(text)
   if not row then return nil, message end
