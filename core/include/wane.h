@@ -609,6 +609,8 @@ WANE_API int wane_lines_open(wane_job **out, const char *path);
 WANE_API int wane_lines_take(wane_job *job, wane_lines **out);
 /* Lines, empty ones too; what follows the last newline is one if it is not empty. */
 WANE_API int64_t wane_lines_count(const wane_lines *l);
+/* XXH64 (wane_hash) of the file without a byte order mark in front, which the same pass found. */
+WANE_API uint64_t wane_lines_hash(const wane_lines *l);
 /* How many lines are blank: empty, or nothing but white space (C's isspace). *numbers, owned by l: which, from 0, rising; NULL where none is. */
 WANE_API int64_t wane_lines_blank(const wane_lines *l, const uint64_t **numbers);
 /* Bytes of line i (from 0) without its end ("\n", "\r\n") and without a byte order mark in front of the file; they are in `text` if that is at most

@@ -1,11 +1,11 @@
 /* lines.c: where the lines of a text file begin, so that any of them can be read without the others: training data larger than memory.
  *
- * One pass over the file on a job's thread finds the lines, and which of them are blank; 8 bytes of memory a line, and a blank line. The
+ * One pass over the file on a job's thread finds the lines, which of them are blank, and a checksum of all; 8 bytes of memory a line, and a blank line. The
  * file is read by place and never held. */
 #include "reader.h"
 #include <string.h>
 
-enum { LINES_CHUNK = 1 << 20 };
+enum { LINES_CHUNK = 1 << 20 };          /* a multiple of 32, as wane_hash_feed takes it */
 
 typedef struct numbers { uint64_t *at; int64_t count, room; } numbers;
 
@@ -13,6 +13,7 @@ struct wane_lines {
   wane_file file;
   numbers start;                         /* of each line, and the end of the last */
   numbers blank;                         /* lines, from 0, that are empty or white space */
+  uint64_t hash;                         /* of all but a byte order mark */
 };
 
 typedef struct scanning { char *path; wane_lines *lines; } scanning;
@@ -50,6 +51,8 @@ static int is_white(const char *p, const char *end) {
 
 static int scan(wane_job *job, wane_lines *l, char *chunk) {
   uint64_t size = l->file.size, from = 0, begin = 0;
+  wane_hash_state hash;
+  wane_hash_begin(&hash);
   int status, white = 1;                             /* the line that begins at `begin`, as far as it was read */
   if (size >= 3 && wane_file_read(&l->file, 0, chunk, 3) == WANE_OK && !memcmp(chunk, "\xef\xbb\xbf", 3)) from = begin = 3;      /* a byte order mark */
   for (; from < size;) {
@@ -62,6 +65,9 @@ static int scan(wane_job *job, wane_lines *l, char *chunk) {
       begin = from + (uint64_t)(stop + 1 - chunk);
     }
     white = white && is_white(p, end);
+    size_t tail = n & 31;                            /* none but in the last part */
+    wane_hash_feed(&hash, chunk, n - tail);
+    if (from + n == size) l->hash = wane_hash_end(&hash, chunk + n - tail, tail);
     from += n;
     wane_job_set_progress(job, from, size);
   }
@@ -113,6 +119,8 @@ int wane_lines_take(wane_job *job, wane_lines **out) {
 }
 
 int64_t wane_lines_count(const wane_lines *l) { return l->start.count - 1; }      /* the end is no line */
+
+uint64_t wane_lines_hash(const wane_lines *l) { return l->hash; }
 
 int64_t wane_lines_blank(const wane_lines *l, const uint64_t **numbers) {
   *numbers = l->blank.at;

@@ -64,12 +64,15 @@ end
 
 -- ---------------------------------------------------------------- checksums
 
-local function hex(hash) return ("%08x%08x"):format(tonumber(hash / 0x100000000ULL), tonumber(hash % 0x100000000ULL)) end
+--- A checksum as a text.
+-- @param hash uint64_t
+-- @return string 16 hexadecimal digits
+function M.hex(hash) return ("%08x%08x"):format(tonumber(hash / 0x100000000ULL), tonumber(hash % 0x100000000ULL)) end
 
 --- XXH64 of a text.
 -- @param text string
 -- @return string 16 hexadecimal digits
-function M.hash_text(text) return hex(C.wane_hash(text, #text)) end
+function M.hash_text(text) return M.hex(C.wane_hash(text, #text)) end
 
 --- XXH64 of a file's bytes, which are read once, off the main thread.
 -- @param path string
@@ -81,7 +84,7 @@ function M.hash(path)
   local status = core.wait_job(job)
   if status == 0 then status = C.wane_hash_take(job, hash) end
   if status < 0 then return core.failure(status) end
-  return hex(hash[0])
+  return M.hex(hash[0])
 end
 
 -- ---------------------------------------------------------------- links

@@ -2,11 +2,13 @@
 -- @module wane.train.lines
 local ffi = require "ffi"
 local core = require "wane.core"
+local paths = require "wane.checkpoint.paths"
 local C = core.C
 
 ---@class wane.Lines
 ---@field path string
 ---@field count integer
+---@field hash string XXH64 of the file without a byte order mark
 ---@field blanks integer how many lines are empty, or nothing but white space
 local Lines = {}
 Lines.__index = Lines
@@ -27,7 +29,8 @@ function M.open(path)
   if status ~= 0 then return nil, ffi.string(C.wane_error()) end
   local lines, numbers = ffi.gc(box[0], C.wane_lines_free), ffi.new "const uint64_t *[1]"
   local blanks = tonumber(C.wane_lines_blank(lines, numbers))
-  return setmetatable({ path = path, handle = lines, count = tonumber(C.wane_lines_count(lines)), blanks = blanks, blank = numbers[0], room = 4096,
+  return setmetatable({ path = path, handle = lines, count = tonumber(C.wane_lines_count(lines)), blanks = blanks, blank = numbers[0],
+    hash = paths.hex(C.wane_lines_hash(lines)), room = 4096,
     buffer = ffi.new("char[?]", 4096) }, Lines)
 end
 
