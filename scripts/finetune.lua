@@ -19,8 +19,15 @@ parser:option("--trainable", "Parameters of the model to train instead of an ada
 parser:option("--optim", "adamw, adam, sgd, lion, rmsprop, adagrad; _8bit behind, paged_ in front (adamw).")
 parser:option("--lr", "Learning rate (2e-4)."):convert(cli.number)
 parser:option("--schedule", "linear, cosine, constant, constant_with_warmup, … (linear).")
-parser:option("--num-decay-steps", "Updates in which the rate falls (warmup_stable_decay)."):convert(cli.count)
-parser:option("--min-lr", "Where the rate ends (cosine_with_min_lr)."):convert(cli.number)
+-- What some schedules take (wane.optim.schedule); given with another, they are refused.
+local SCHEDULE = { { "num_cycles", "Waves of the cosine (cosine, cosine_with_min_lr and warmup_stable_decay 0.5; cosine_with_restarts 1).", cli.number },
+  { "power", "Of the polynomial (1).", cli.number }, { "lr_end", "Where the polynomial ends (1e-7).", cli.number },
+  { "min_lr", "Where the rate ends (cosine_with_min_lr).", cli.number }, { "min_lr_rate", "The same as a share of --lr.", cli.number },
+  { "min_lr_ratio", "Share of --lr at both ends (warmup_stable_decay; 0).", cli.number },
+  { "num_decay_steps", "Updates in which the rate falls (warmup_stable_decay).", cli.count },
+  { "num_stable_steps", "Updates in which it stays (warmup_stable_decay; all that are left).", cli.count },
+  { "timescale", "Of inverse_sqrt (the warm-up's updates, or 10000).", cli.number } }
+for _, o in ipairs(SCHEDULE) do parser:option("--" .. o[1]:gsub("_", "-"), o[2]):convert(o[3]) end
 parser:option("--warmup-steps", "Updates in which the rate rises; below 1: a share of all (0)."):convert(cli.number)
 parser:option("--weight-decay", "Of all but norms and biases (0)."):convert(cli.number)
 parser:option("--max-steps", "Updates (default: --epochs)."):convert(cli.count)
@@ -51,6 +58,12 @@ end
 
 -- Options that mean an adapter.
 local ADAPTER = { "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora" }
+
+local function schedule_options(args)
+  local options = {}
+  for _, o in ipairs(SCHEDULE) do options[o[1]] = args[o[1]] end
+  return options
+end
 
 -- What a folder may hold that a result would overwrite: an earlier run's, or a model's.
 local RESULTS = { "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json", "best" }
@@ -85,14 +98,20 @@ local function check(args)
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
   if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
   if args.patience and not args.eval_every then cli.usage "--patience counts evaluations: it needs --eval-every" end
-  if args.lr and args.lr < 0 then cli.usage "--lr: a number from 0 on was expected" end
-  if args.epochs and args.epochs <= 0 then cli.usage "--epochs: a number above 0 was expected" end
+  for _, option in ipairs { "lr", "warmup_steps", "weight_decay", "clip" } do
+    local x = args[option]
+    if x and not (x >= 0 and x < math.huge) then cli.usage("--%s: a number from 0 on was expected", (option:gsub("_", "-"))) end
+  end
+  if args.save_total_limit and not args.save_every then cli.usage "--save-total-limit is of the checkpoints that --save-every asks for" end
+  if args.epochs and not (args.epochs > 0 and args.epochs < math.huge) then cli.usage "--epochs: a number above 0 was expected" end
   if args.lora_dropout and (args.lora_dropout < 0 or args.lora_dropout >= 1) then cli.usage "--lora-dropout: expected a share in [0, 1)" end
   local make, message = require("wane.optim").by_name(args.optim or "adamw")
   if not make then cli.usage("--optim: %s", message) end
   local ok
   ok, message = pcall(function()
-    require("wane.optim.schedule").new(args.schedule or "linear", { lr = 1, total_steps = 1, num_decay_steps = args.num_decay_steps, min_lr = args.min_lr })
+    local o = schedule_options(args)
+    o.lr, o.total_steps = 1, 1
+    require("wane.optim.schedule").new(args.schedule or "linear", o)
   end)
   if not ok then cli.usage("--schedule: %s", (tostring(message):gsub("^.-schedule: ", ""))) end
   cli.load_options(args)                                                     -- says what is wrong with the model's own
@@ -103,7 +122,8 @@ local function choose(model, args)
   local lora = require "wane.lora"
   lora.prepare_for_kbit_training(model, { checkpointing = args.checkpointing or false })
   if args.trainable then
-    local n = model:train_parameters(args.trainable)
+    local ok, n = pcall(model.train_parameters, model, args.trainable)
+    if not ok then cli.fail("--trainable %s: %s", args.trainable, (tostring(n):gsub("^[^\n:]+%.lua:%d+: ", ""))) end
     if n == 0 then cli.fail("--trainable %s: no parameter of this model is called so (wane inspect lists them)", args.trainable) end
   end
   if args.trainable and not args.lora_r then return false, 0, 0 end
@@ -134,8 +154,7 @@ end
 
 -- What a resumed run must have been started with, beside what the trainer compares.
 local SETTINGS = { "model", "data", "text_field", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
-  "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable",
-  "num_decay_steps", "min_lr" }
+  "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable" }
 local LISTS = { skip = true, target_modules = true, modules_to_save = true }
 
 -- The names of a list in one order, each once.
@@ -159,13 +178,14 @@ local function defaults_of(model, args)
     target_modules = modules and in_order(table.concat(modules, " ")), bias = "none" }
 end
 
--- One text for all ways to say the same: lists in one order, and nothing that is as if nobody had given it. bad_rows, which older versions had in it,
--- changes no order of rows: a run that a bad row ended goes on with the others.
+-- One text for all ways to say the same: lists in one order, and nothing that is as if nobody had given it. Older versions had more in it:
+-- bad_rows, which changes no order of rows (a run that a bad row ended goes on with the others), and what the trainer compares now.
+local NOT_HERE = { bad_rows = true, num_decay_steps = true, min_lr = true }
 local function canonical(text, defaults)
   local parts = {}
   for name, value in (text .. ", "):gmatch "(%S+) (.-), " do
     if LISTS[name] then value = in_order(value) end
-    if value ~= tostring(defaults[name]) and name ~= "bad_rows" then parts[#parts + 1] = name .. " " .. value end
+    if value ~= tostring(defaults[name]) and not NOT_HERE[name] then parts[#parts + 1] = name .. " " .. value end
   end
   return table.concat(parts, ", ")
 end
@@ -211,7 +231,7 @@ local function run_options(model, args, rows)
   return {
     lr = args.lr or 2e-4, schedule = args.schedule, warmup_steps = args.warmup_steps, weight_decay = args.weight_decay, max_steps = args.max_steps,
     epochs = args.epochs, batch_size = args.batch_size or 4, accumulate = args.accumulate, packing = args.packing, group_by_length = args.group_by_length,
-    schedule_options = { num_decay_steps = args.num_decay_steps, min_lr = args.min_lr }, clip = args.clip, optim = args.optim, seed = args.seed,
+    schedule_options = schedule_options(args), clip = args.clip, optim = args.optim, seed = args.seed,
     checkpointing = args.checkpointing or false, out = args.out, held = true, save_every = args.save_every, save_total_limit = args.save_total_limit,
     resume = args.resume, log = log_path(args), eval_every = args.eval_every, patience = args.patience,
     cancelled = cli.interrupted, fingerprint = fingerprint(model, args, rows),
@@ -231,6 +251,7 @@ local function train(model, tok, args, rows, held_out, save)
   local before = not args.resume and evaluate() or nil
   local options, draw, clear = run_options(model, args, rows), live(args)
   options.eval_rows, options.pad, options.on_update = args.eval_every and held_out, pad, draw
+  options.remember = { before = before }
   cli.patient()
   local result = cli.check(wane.train.saves.holding(args.out, function()
     local result, message = wane.train.run(model, rows, options)
@@ -246,7 +267,7 @@ local function train(model, tok, args, rows, held_out, save)
   for _, r in ipairs(result.records) do if r.eval_loss and r.step == result.steps then result.after = r end end       -- looked at just now
   if result.signal then cli.note "interrupted: saved, and what is held out was not looked at again"
   elseif not result.after then result.after = evaluate() end
-  result.before = before
+  result.before = result.remember and result.remember.before
   return result
 end
 

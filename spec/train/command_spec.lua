@@ -65,7 +65,11 @@ describe("wane finetune", function()
     for _, c in ipairs { { "--save-total-limit 0", "--save%-total%-limit: a number above 0" },
       { "--patience 1 --eval-data " .. rows_path, "needs %-%-eval%-every" },
       { "--schedule warmup_stable_decay", "needs num_decay_steps.*%-%-num%-decay%-steps" },
-      { "--schedule cosine_with_min_lr", "needs min_lr.*%-%-min%-lr" }, { "--epochs 0", "--epochs: a number above 0" } } do
+      { "--schedule cosine_with_min_lr", "needs min_lr.*%-%-min%-lr" }, { "--save-total-limit 2", "of the checkpoints that %-%-save%-every asks for" },
+      { "--min-lr 1e-5", "%-%-schedule: linear has no option 'min_lr'" }, { "--schedule cosine --power 2", "cosine has no option 'power'; it has num_cycles" },
+      { "--warmup-steps=-5", "%-%-warmup%-steps: a number from 0 on" }, { "--weight-decay=-1", "%-%-weight%-decay: a number" },
+      { "--clip=-1", "%-%-clip: a number" },
+      { "--epochs 0", "--epochs: a number above 0" } } do
       local _, err, status = run(("%s --max-steps 1 %s --out %s"):format(base, c[1], dir))
       assert.equal(2, status, c[1])
       assert.matches(c[2], err)
@@ -92,7 +96,7 @@ describe("wane finetune", function()
     assert.equal(0, status, err)
     assert.equal(4, #cjson.decode(out).ids)
     -- For people: the counts, the curve, a sentence.
-    out, err, status = run(base .. " --max-steps 4 --checkpointing --out " .. folder())
+    out, err, status = run(base .. " --max-steps 4 --checkpointing --schedule polynomial --power 2 --out " .. folder())
     assert.equal(0, status, err)
     assert.matches("trainable params: [%d,]+ || all params: [%d,]+ || trainable%%", out)
     assert.matches("└─", out)
@@ -167,6 +171,7 @@ describe("wane finetune", function()
     local dir = folder()
     for pattern, options in pairs {
       ["there is no checkpoint in"] = "--resume --out " .. dir, ["no parameter of this model is called so"] = "--trainable nonsense --out " .. dir,
+      ["%-%-trainable q_proj%(: .*unfinished capture"] = "--trainable 'q_proj(' --out " .. dir,
       ["target_modules"] = "--target-modules nonsense --out " .. dir,
     } do
       local _, err, status = run(base .. " --max-steps 2 " .. options)
@@ -296,6 +301,8 @@ describe("wane finetune", function()
     out, err = run(command .. "/a --save-every 2 --patience 2 --resume --json")
     local again = cjson.decode(out)
     assert.same({ first.steps, "early", true }, { again.steps, again.stopped, again.finished })
+    assert.is_number(first.perplexity_before)
+    assert.near(first.perplexity_before, again.perplexity_before, 1e-9)  -- of the beginning, which the checkpoint remembers
     assert.matches(("was finished already, with %d updates: it stopped early, 2 evaluations after the best one %%(step %d, "):format(first.steps,
       first.best.step), err)
     out, err = run(command .. "/a --save-every 2 --patience 4 --resume --json")
@@ -311,7 +318,8 @@ describe("wane finetune", function()
     local plain = ("%s finetune --model %sllama --data %s --quant nf4 --lr 1e-2 --max-steps 6 --save-every 3"):format(bin, golden.root, rows_path)
     local given = " --lora-r 8 --lora-alpha 16 --lora-dropout 0.0 --bias none --max-length 512 --bad-rows fail --block-size 64 --compute bf16 --optim adamw "
       .. "--schedule linear --warmup-steps 0 --clip 1.0 --accumulate 1 --seed 42 --weight-decay 0"
-    for _, c in ipairs { { plain .. given .. " --target-modules q_proj,v_proj,o_proj", plain .. " --target-modules o_proj,v_proj,q_proj,v_proj" },
+    local slashed = (plain:gsub("%-%-model %S+", "%0//"))
+    for _, c in ipairs { { plain .. given .. " --target-modules q_proj,v_proj,o_proj", slashed .. " --target-modules o_proj,v_proj,q_proj,v_proj" },
       { plain, plain .. given .. " --target-modules v_proj,q_proj" } } do
       local dir = folder()
       local _, err, status = run(c[1] .. " --out " .. dir)

@@ -38,7 +38,7 @@ local function rows_file(n)
 end
 
 local rows_path = rows_file(40)
-local function open() return assert(data.open(rows_path, nil)) end
+local function open(max_length) return assert(data.open(rows_path, nil, { max_length = max_length })) end
 
 local function adapted(o)
   o = o or {}
@@ -80,20 +80,20 @@ describe("a run", function()
     model:close()
   end)
 
-  for _, o in ipairs { {}, { checkpointing = true }, { packing = true, max_length = 24 }, { optim = "paged_lion_8bit" } } do
+  for _, o in ipairs { {}, { checkpointing = true }, { packing = true }, { optim = "paged_lion_8bit" } } do
     it("cut and resumed ends with the same bits: " .. (next(o) or "plain"), function()
       local whole = adapted()
-      assert(wane.train.run(whole, open(), with(o)))
+      assert(wane.train.run(whole, open(24), with(o)))
       local dir, asked = folder(), 0
       local first = adapted()
       local cut = with { out = dir, save_every = 3, log = dir .. "/log.jsonl", cancelled = function() asked = asked + 1 return asked == 7 end }
       for key, value in pairs(o) do cut[key] = value end
-      assert.equal("cancelled", assert(wane.train.run(first, open(), cut)).stopped)
+      assert.equal("cancelled", assert(wane.train.run(first, open(24), cut)).stopped)
       assert.equal(7, select(2, saves.latest(dir)))                       -- a cancelled run saves before it leaves
       os.execute("rm -r " .. dir .. "/checkpoint-7")                      -- as if it had been killed: two updates are lost
       local second = adapted()
       cut.cancelled, cut.resume = nil, true
-      local result = assert(wane.train.run(second, open(), cut))
+      local result = assert(wane.train.run(second, open(24), cut))
       assert.equal(12, result.steps)
       assert.same(values(whole), values(second))
       local steps = {}
@@ -252,7 +252,20 @@ describe("a run", function()
     end
     refused({ out = dir, resume = true, lr = 1 }, "belongs to a run with lr = 0.01; this one has 1")
     refused({ out = dir, resume = true, optim = "adamw" }, "optim = adamw_8bit; this one has adamw")
+    refused({ out = dir, resume = true, optim_options = { betas = { 0.9, 0.99 } } }, "with optim_options = none; this one has .*0.99")
+    refused({ out = dir, resume = true, schedule = "cosine" }, "with schedule = linear; this one has cosine")
     refused({ out = folder(), resume = true }, "there is no checkpoint in")
+    local path = folder() .. "/other.jsonl"
+    write(path, (assert(io.open(rows_path)):read("*a"):gsub("7", "8", 1)))
+    local ok, message = wane.train.run(model, assert(data.open(path, nil)), with { out = dir, resume = true })
+    assert.is_nil(ok)
+    assert.matches("belongs to a run with the data's checksum = %x+; this one has %x+: give the same", message)
+    -- Names that mean the same are no difference, nor is what an older version did not keep.
+    local state = assert(saves.state(dir .. "/checkpoint-12"))
+    assert.equal("adamw_8bit", state.settings.optim)
+    state.settings.optim, state.settings.data, state.settings.optim_options, state.xxh64 = "adamw_bnb_8bit", nil, nil, nil
+    write(dir .. "/checkpoint-12/trainer_state.json", cjson.encode(state))
+    assert.is_true(assert(wane.train.run(model, open(), with { out = dir, resume = true, optim = "adamw_hf_8bit" })).finished)
     refused({ out = dir }, "checkpoint%-12' is of an earlier run: go on from it")
     write(dir .. "/checkpoint-12/trainer_state.json", "{")
     refused({ out = dir, resume = true }, "is no JSON")
@@ -645,7 +658,14 @@ describe("a run that fails", function()
 
   it("is told at once what makes no sense", function()
     local model = adapted()
-    for _, c in ipairs { { { batch_size = 0 }, "batch_size: expected a whole number above 0, found 0" }, { { accumulate = 1.5 }, "accumulate: expected" },
+    local nan = 0 / 0
+    for _, c in ipairs { { { lr = nan }, "lr: expected a number from 0 on, found %-?nan" },
+      { { lr = -1 }, "lr: expected" }, { { lr = math.huge }, "lr: expected" },
+      { { weight_decay = -0.1 }, "weight_decay: expected a number from 0 on, found %-0.1" }, { { clip = -1 }, "clip: expected" },
+      { { warmup_steps = -5 }, "warmup_steps: expected" }, { { save_total_limit = 1, out = "x" }, "is of the checkpoints that save_every asks for" },
+      { { schedule_options = { numcycles = 2 } }, "linear has no option 'numcycles'; it has none" },
+      { { max_length = 9 }, "there is no option 'max_length'" }, { { drop_last = true }, "there is no option 'drop_last'" },
+      { { batch_size = 0 }, "batch_size: expected a whole number above 0, found 0" }, { { accumulate = 1.5 }, "accumulate: expected" },
       { { epochs = 0 }, "epochs: expected a number above 0, found 0" }, { { epochs = -1, max_steps = 2 }, "epochs: expected" },
       { { epochs = 0 / 0 }, "epochs: expected" }, { { max_steps = 0 }, "max_steps: expected a whole number above 0, found 0" },
       { { max_steps = -3 }, "max_steps:" },

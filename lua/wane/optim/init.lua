@@ -290,7 +290,7 @@ end
 --- An optimizer by the name that transformers' Trainer gives it: adamw, adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit,
 -- adamw_bnb_8bit, lion_8bit, sgd, rmsprop_8bit …
 -- @param name string
--- @return function|nil (params, opts) -> wane.Optimizer, string|nil message
+-- @return function|nil (params, opts) -> wane.Optimizer, string its one name among those that mean the same, or message
 function M.by_name(name)
   local rest = tostring(name):lower()
   local paged = rest:match "^paged_(.*)$"
@@ -301,7 +301,8 @@ function M.by_name(name)
   if not kinds[rest] then
     return nil, ("there is no optimizer '%s': [paged_]adamw, adam, sgd, lion, rmsprop or adagrad, with _8bit or _32bit behind"):format(tostring(name))
   end
-  return function(params, opts) return M.new(rest, eight and 8 or 32, paged ~= nil, params, opts) end
+  local function make(params, opts) return M.new(rest, eight and 8 or 32, paged ~= nil, params, opts) end
+  return make, (paged and "paged_" or "") .. rest .. (eight and "_8bit" or "")
 end
 
 return M

@@ -50,14 +50,29 @@ function kinds.warmup_stable_decay(t, o)
   return least
 end
 
+-- What each kind takes besides lr, total_steps and warmup_steps.
+local takes = {
+  constant = {}, constant_with_warmup = {}, linear = {}, cosine = { "num_cycles" }, cosine_with_restarts = { "num_cycles" },
+  cosine_with_min_lr = { "num_cycles", "min_lr", "min_lr_rate" }, polynomial = { "power", "lr_end" }, inverse_sqrt = { "timescale" },
+  warmup_stable_decay = { "num_cycles", "num_decay_steps", "num_stable_steps", "min_lr_ratio" },
+}
+
 -- What a kind cannot do without, as upstream: any of some options, and what they are.
 local needs = {
   cosine_with_min_lr = { "min_lr", "min_lr_rate", text = "min_lr, the rate at the end (--min-lr on the command line), or min_lr_rate, its share of lr" },
   warmup_stable_decay = { "num_decay_steps", text = "num_decay_steps, the updates in which the rate falls (--num-decay-steps on the command line)" },
 }
 
--- Raises where `o` lacks what its kind needs: at once, not at the update that would ask for it.
-local function check_needs(name, o)
+-- Raises where `o` has what its kind does not take, or lacks what it needs: at once, not at the update that would ask for it.
+local function check_options(name, o)
+  local known = { lr = true, total_steps = true, warmup_steps = true }
+  for _, key in ipairs(takes[name]) do known[key] = true end
+  for key, value in pairs(o) do
+    if not known[key] then
+      core.raise("schedule: %s has no option '%s'; it has %s", name, tostring(key), #takes[name] > 0 and table.concat(takes[name], ", ") or "none")
+    end
+    if type(value) ~= "number" or value ~= value then core.raise("schedule: %s: expected a number, found %s", key, tostring(value)) end
+  end
   local given = 0
   for _, key in ipairs(needs[name] or {}) do given = given + (o[key] ~= nil and 1 or 0) end
   if needs[name] and given == 0 then core.raise("schedule: %s needs %s", name, needs[name].text) end
@@ -67,8 +82,9 @@ end
 --- The learning rate as a function of the update.
 -- @param name string linear, cosine, constant, constant_with_warmup, inverse_sqrt, cosine_with_restarts, polynomial, cosine_with_min_lr,
 --   warmup_stable_decay
--- @param o table { lr, total_steps, warmup_steps = 0 (below 1: a share of total_steps), and the kind's own: num_cycles, power, lr_end, min_lr or
---   min_lr_rate, timescale, num_decay_steps, min_lr_ratio }
+-- @param o table { lr, total_steps, warmup_steps = 0 (below 1: a share of total_steps), and the kind's own: num_cycles (the cosines,
+--   warmup_stable_decay), min_lr or min_lr_rate (cosine_with_min_lr), power, lr_end (polynomial), timescale (inverse_sqrt), num_decay_steps,
+--   num_stable_steps, min_lr_ratio (warmup_stable_decay) }; another is refused
 -- @return function(t) -> number, t from 0
 function M.new(name, o)
   local kind = kinds[name]
@@ -78,8 +94,11 @@ function M.new(name, o)
     table.sort(known)
     core.raise("schedule: there is no '%s'; there are %s", tostring(name), table.concat(known, ", "))
   end
-  if type(o.lr) ~= "number" or o.lr < 0 then core.raise("schedule: expected a learning rate, found %s", tostring(o.lr)) end
-  check_needs(name, o)
+  if type(o.lr) ~= "number" or not (o.lr >= 0 and o.lr < math.huge) then
+    core.raise("schedule: expected a learning rate, a number from 0 on, found %s", tostring(o.lr))
+  end
+  check_options(name, o)
+  if (o.warmup_steps or 0) < 0 then core.raise("schedule: warmup_steps: expected a number from 0 on, found %s", tostring(o.warmup_steps)) end
   local p = {}
   for key, value in pairs(o) do p[key] = value end
   p.warmup_steps = p.warmup_steps or 0

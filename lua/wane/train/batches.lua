@@ -53,22 +53,23 @@ end
 local Feed = {}
 Feed.__index = Feed
 
-local known = { batch_size = true, accumulate = true, shuffle = true, seed = true, packing = true, max_length = true, group_by_length = true,
-  drop_last = true, pad = true, longest = true }
+local known = { batch_size = true, accumulate = true, shuffle = true, seed = true, packing = true, group_by_length = true, pad = true,
+  longest = true }
 
 --- An endless source of updates.
 -- @param rows wane.Rows
--- @param o table|nil { batch_size = 8, accumulate = 1, shuffle = true, seed = 42, packing = false, max_length = rows.max_length,
---   group_by_length = false, drop_last = false, pad = 0, longest = ids that a row may have, as model:learned_positions() says; a longer one raises }
+-- @param o table|nil { batch_size = 8, accumulate = 1, shuffle = true, seed = 42, packing = false (samples side by side, in rows of rows.max_length),
+--   group_by_length = false, pad = 0, longest = ids that a row may have, as model:learned_positions() says; a longer one raises }
 -- @return wane.Feed
 function M.new(rows, o)
   o = o or {}
   for key in pairs(o) do if not known[key] then core.raise("batches.new: there is no option '%s'", tostring(key)) end end
   local self = setmetatable({ rows = rows, batch_size = o.batch_size or 8, accumulate = o.accumulate or 1, seed = o.seed or 42, packing = o.packing or false,
-    max_length = o.max_length or rows.max_length, by_length = o.group_by_length or false, drop_last = o.drop_last or false, pad = o.pad or 0,
+    by_length = o.group_by_length or false, pad = o.pad or 0,
     shuffle = o.shuffle ~= false, longest = o.longest or math.huge, epoch = 0, at = 0 }, Feed)
   if rows.count == 0 then core.raise("batches: %s has no rows", tostring(rows.path)) end
   if self.packing and rows.encoder_decoder then core.raise "batches: rows of an encoder-decoder cannot be packed" end
+  if self.packing and not rows.max_length then core.raise "batches: rows that are packed tell the longest packed row: max_length" end
   if self.packing and self.by_length then core.raise "batches: packing and group_by_length exclude each other" end
   self:begin(0)
   return self
@@ -151,19 +152,18 @@ end
 -- One packed row: samples one behind the other until the next would not fit. Positions begin anew, `first` keeps samples apart, and a
 -- sample's first id is nobody's label. A row that was taken and did not fit opens the next.
 local function pack_row(self)
-  local out = { ids = {}, labels = {}, positions = {}, first = {}, lines = {} }
+  local out, most = { ids = {}, labels = {}, positions = {}, first = {}, lines = {} }, self.rows.max_length
   while true do
     local row, number = self.left, self.left_number
     if not row then row, number = take(self) end
     self.left = nil
     if not row then break end
-    local length = math.min(#row.ids, self.max_length)
-    if #out.ids > 0 and #out.ids + length > self.max_length then
+    if #out.ids > 0 and #out.ids + #row.ids > most then
       self.left, self.left_number = row, number
       break
     end
     local begin = #out.ids
-    for t = 1, length do
+    for t = 1, #row.ids do
       local k = begin + t
       out.ids[k], out.labels[k], out.positions[k], out.first[k] = row.ids[t], t == 1 and IGNORED or row.labels[t], t - 1, begin
     end
@@ -196,7 +196,7 @@ local function next_batch(self)
     list[i] = self.packing and pack_row(self) or (not self.packing and take(self)) or nil
     if not list[i] then break end
   end
-  if #list == 0 or (self.drop_last and #list < self.batch_size) then return nil end
+  if #list == 0 then return nil end
   return self.packing and packed(self, list) or padded(self, list)
 end
 

@@ -26,6 +26,7 @@ local HEAD = 2 ^ 16                      -- bytes in which a NUL tells a binary 
 ---@field path string
 ---@field kind string
 ---@field count integer rows: lines that are not blank (text: of max_length ids, the last one shorter)
+---@field hash string XXH64 of the file: a resumed run must have the same
 ---@field max_length integer longer rows are cut; may be set before bind
 ---@field skipped table[] { line, reason }: the first bad rows
 ---@field bad integer how many were skipped so far
@@ -184,7 +185,9 @@ end
 
 -- ---------------------------------------------------------------- rows
 
-local function kind_of(row, text_field)
+-- A text_field that was asked for is what a row is about, whatever else is in it.
+local function kind_of(row, text_field, asked)
+  if asked then return type(row[text_field]) == "string" and "jsonl" or nil end
   if row.messages then return "messages" end
   if row.input_ids then return "ids" end
   if row.input and row.target or row.prompt and row.completion then return "pairs" end
@@ -272,11 +275,12 @@ local function detect(self, opts)
     if not text or text:find "%S" then
       local row
       if text then row, message = decode(text) end
-      local kind = row and kind_of(row, self.text_field)
+      local kind = row and kind_of(row, self.text_field, opts.text_field)
       if kind then return kind end
       if row then
-        message = ("none of the fields '%s', 'messages', 'input' and 'target', 'input_ids'; its fields are %s "
-          .. "(text_field, or --text-field on the command line, names the one with the text)"):format(self.text_field, fields_of(row))
+        message = ("%s; its fields are %s (text_field, or --text-field on the command line, names the one with the text)"):format(
+          opts.text_field and ("no text in '%s'"):format(self.text_field) or "none of the fields 'text', 'messages', 'input' and 'target', 'input_ids'",
+          fields_of(row))
       elseif text and not self.path:find "%.jsonl?$" and not opts.text_field then
         return "text"
       end
@@ -359,6 +363,7 @@ function M.scan(path, opts)
   if message then return nil, ("%s: no training data: %s"):format(path, message) end
   self.lines, message = lines.open(path)
   if not self.lines then return nil, message end
+  self.hash = self.lines.hash
   if not self.kind then
     self.kind, message = detect(self, opts)
     if not self.kind then return nil, ("%s: no training data: %s"):format(path, message) end
@@ -385,7 +390,8 @@ end
 --- Opens training data.
 -- @param path string
 -- @param tok wane.Tokenizer|nil needed for all kinds but ids
--- @param opts table|nil { kind = nil (told from the file), text_field = "text", max_length = 1024, encoder_decoder = false, bad_rows = "fail" | "skip",
+-- @param opts table|nil { kind = nil (told from the file), text_field = "text" (where it is given, rows are of this field alone),
+--   max_length = 1024, encoder_decoder = false, bad_rows = "fail" | "skip",
 --   eos = id put behind samples where the tokenizer puts none (default: the tokenizer's eos token),
 --   vocabulary = integer, how many ids the model has: rows of ids with others are bad rows (default: the tokenizer's vocab_size; without both any id
 --   from 0 on is taken) }

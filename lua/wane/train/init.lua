@@ -10,6 +10,7 @@
 local autograd = require "wane.autograd"
 local batches = require "wane.train.batches"
 local core = require "wane.core"
+local json = require "wane.checkpoint.json"
 local logs = require "wane.train.log"
 local optim = require "wane.optim"
 local saves = require "wane.train.saves"
@@ -20,11 +21,13 @@ local M = { data = require "wane.train.data", batches = batches, curve = require
 local defaults = { lr = 5e-5, schedule = "linear", warmup_steps = 0, epochs = 3, batch_size = 8, accumulate = 1, clip = 1.0, optim = "adamw",
   weight_decay = 0, seed = 42, shuffle = true, packing = false, group_by_length = false, resume = false }
 local others = { max_steps = 1, out = 1, log = 1, save_every = 1, save_total_limit = 1, eval_rows = 1, eval_every = 1, patience = 1, cancelled = 1,
-  on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, max_length = 1, drop_last = 1, fingerprint = 1,
+  on_update = 1, on_event = 1, optim_options = 1, schedule_options = 1, pad = 1, fingerprint = 1, remember = 1,
   held = 1, checkpointing = 1 }
--- Options that a resumed run must share with the one it goes on from.
-local same = { "lr", "schedule", "warmup_steps", "batch_size", "accumulate", "clip", "optim", "weight_decay", "seed", "shuffle", "packing", "group_by_length",
-  "total_steps", "fingerprint" }
+-- What a resumed run must share with the one it goes on from, and what it is called where that is no option's name.
+local same = { "lr", "schedule", "schedule_options", "warmup_steps", "batch_size", "accumulate", "clip", "optim", "optim_options", "weight_decay", "seed",
+  "shuffle", "packing", "group_by_length", "total_steps", "data", "fingerprint" }
+local called = { total_steps = "total_steps (max_steps, or epochs of these rows)", data = "the data's checksum", fingerprint = "the settings" }
+local since = { schedule_options = true, optim_options = true, data = true }            -- checkpoints of older versions know nothing of these
 
 local function options_of(given)
   local o = {}
@@ -39,10 +42,15 @@ local function options_of(given)
       core.raise("train.run: %s: expected a whole number above 0, found %s", key, tostring(n))
     end
   end
+  for _, key in ipairs { "lr", "warmup_steps", "weight_decay", "clip" } do
+    local x = o[key]
+    if type(x) ~= "number" or not (x >= 0 and x < math.huge) then core.raise("train.run: %s: expected a number from 0 on, found %s", key, tostring(x)) end
+  end
   if type(o.epochs) ~= "number" or not (o.epochs > 0 and o.epochs < math.huge) then
     core.raise("train.run: epochs: expected a number above 0, found %s", tostring(o.epochs))
   end
   if (o.patience or o.eval_every) and not o.eval_rows then core.raise "train.run: eval_every and patience need eval_rows" end
+  if o.save_total_limit and not o.save_every then core.raise "train.run: save_total_limit is of the checkpoints that save_every asks for" end
   if o.patience and not o.eval_every then core.raise "train.run: patience counts evaluations: it needs eval_every" end
   return o
 end
@@ -64,9 +72,7 @@ end
 
 -- Updates of an epoch in which no row is left out.
 local function updates_of_all(rows, o)
-  local n = rows.count / o.batch_size
-  n = o.drop_last and math.floor(n) or math.ceil(n)
-  return math.ceil(n / o.accumulate)
+  return math.ceil(math.ceil(rows.count / o.batch_size) / o.accumulate)
 end
 
 -- Updates of an epoch: a matter of numbers, unless rows are packed or may be left out, when one epoch is gone through.
@@ -94,10 +100,10 @@ local function set_up(model, rows, o)
     core.raise "train.run: the model trains nothing: attach an adapter (wane.lora.attach), or choose parameters (model:train_parameters)"
   end
   self.feed = batches.new(rows, { batch_size = o.batch_size, accumulate = o.accumulate, shuffle = o.shuffle, seed = o.seed, packing = o.packing,
-    max_length = o.max_length, group_by_length = o.group_by_length, drop_last = o.drop_last, pad = o.pad, longest = model:learned_positions() })
+    group_by_length = o.group_by_length, pad = o.pad, longest = model:learned_positions() })
   o.total_steps = o.max_steps or math.ceil(o.epochs * updates_per_epoch(self.feed, o))
-  local make, message = optim.by_name(o.optim)
-  if not make then core.raise("train.run: %s", message) end
+  local make, name = optim.by_name(o.optim)
+  if not make then core.raise("train.run: %s", name) end
   local settings = { lr = o.lr }
   for key, value in pairs(o.optim_options or {}) do settings[key] = value end
   self.opt = make(groups_of(self.params, o.weight_decay), settings)
@@ -109,15 +115,22 @@ end
 
 -- ---------------------------------------------------------------- checkpoints
 
-local function settings_of(o)
+-- A table of options as a text.
+local function text_of(options) return next(options or {}) and (json.encode(options):gsub("\n%s*", " ")) or "none" end
+
+-- What a run shares with those that go on from it, as its checkpoints hold it.
+local function settings_of(run)
   local out = {}
-  for _, key in ipairs(same) do out[key] = o[key] end
+  for _, key in ipairs(same) do out[key] = run.o[key] end
+  out.optim = select(2, optim.by_name(out.optim))
+  out.schedule_options, out.optim_options, out.data = text_of(out.schedule_options), text_of(out.optim_options), run.feed.rows.hash
   return out
 end
 
 --- Writes checkpoint-STEP; raises where that fails.
 function Run:save()
-  local state = { step = self.step, feed = self.before or self.feed:state(), best = self.best, stale = self.stale, settings = settings_of(self.o) }
+  local state = { step = self.step, feed = self.before or self.feed:state(), best = self.best, stale = self.stale,
+    remember = self.o.remember, settings = settings_of(self) }
   self.saving = true
   local path, message = saves.write(self.o.out, self.step, { model = self.model, params = self.params, opt = self.opt, state = state }, self.o.save_total_limit)
   if not path then core.raise("train.run: the checkpoint of step %d was not written: %s", self.step, message) end
@@ -159,20 +172,21 @@ function Run:resume()
     self.o.total_steps = was_total
     self.rate = rate_of(self.o)
   end
+  local earlier, now = state.settings, settings_of(self)
+  earlier.optim = select(2, optim.by_name(earlier.optim))                   -- older versions kept the name as it was given
   for _, key in ipairs(same) do
-    local was, is = state.settings[key], self.o[key]
-    if was ~= is then
+    local was, is = earlier[key], now[key]
+    if was ~= is and not (was == nil and since[key]) then
       if key == "fingerprint" and type(was) == "string" and type(is) == "string" then was, is = apart(was, is) end
-      local name = key == "total_steps" and "total_steps (max_steps, or epochs of these rows)" or key == "fingerprint" and "the settings" or key
-      return nil, ("%s belongs to a run with %s = %s; this one has %s: give the same options, or another folder"):format(path, name, tostring(was),
-        tostring(is))
+      return nil, ("%s belongs to a run with %s = %s; this one has %s: give the same options, or another folder"):format(path, called[key] or key,
+        tostring(was), tostring(is))
     end
   end
   local ok
   ok, message = saves.read(path, self, state)                                -- after the settings: another optimizer's state is no damage
   if not ok then return damaged(message) end
   self.step, self.best, self.stale = state.step, state.best, state.stale or 0
-  self.saved = state.step
+  self.saved, self.o.remember = state.step, state.remember
   self.feed:restore(state.feed)
   return true
 end
@@ -335,7 +349,7 @@ local function run(model, rows, o)
   for i = #records, 1, -1 do loss = loss or type(records[i].loss) == "number" and records[i].loss end
   return { steps = self.step, loss = loss or nil, finished = finished or nil, seconds = self.seconds, tokens = self.tokens,
     tokens_per_s = self.seconds > 0 and self.tokens / self.seconds or 0, best = self.best, stale = self.stale, stopped = stopped,
-    records = records,
+    records = records, remember = o.remember,
     curve = { { name = "loss", points = self.log:points "loss" }, { name = "held out", points = self.log:points "eval_loss" } } }
 end
 
@@ -343,15 +357,15 @@ end
 -- @param model wane.Model
 -- @param rows wane.Rows see wane.train.data
 -- @param given table|nil { lr = 5e-5, schedule = "linear", warmup_steps = 0 (below 1: a share), epochs = 3, max_steps, batch_size = 8, accumulate = 1,
---   max_length, packing = false, group_by_length = false, shuffle = true, drop_last = false, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
+--   packing = false, group_by_length = false, shuffle = true, pad = id for padding, clip = 1.0 (0: off), optim = "adamw"
 --   (wane.optim.by_name), optim_options, schedule_options, weight_decay = 0, seed = 42, checkpointing (nil: as the model is),
 --   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
 --   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
---   fingerprint = any text that a resumed run must share, held = true where the caller holds `out` already (wane.train.saves.holding) }
+--   fingerprint = any text that a resumed run must share,
+--   remember = any table that checkpoints keep: a resumed run has the first run's, held = true where the caller holds `out` already (wane.train.saves.holding) }
 -- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stale = evaluations since, stopped =
---   "cancelled" | "early" | nil, records = the log's, finished = true where a resumed run had no update left (stopped = "early": it had no patience
---   left) }, string|nil message; an error raised by a later update leaves a
---   checkpoint of the one before it in `out`
+--   "cancelled" | "early" | nil, records = the log's, remember, finished = true where a resumed run had no update left (stopped = "early": it had no
+--   patience left) }, string|nil message; an error raised by a later update leaves a checkpoint of the one before it in `out`, unless that was skipped
 function M.run(model, rows, given)
   local o = options_of(given)
   if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end
