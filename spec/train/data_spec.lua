@@ -409,6 +409,32 @@ describe("batches", function()
     assert.equal(1, feed:next().epoch)
   end)
 
+  it("come in another order in every epoch", function()
+    local feed = batches.new(rows_of(40, 5), { batch_size = 40, seed = 1 })
+    local first, second = feed:next()[1].rows, feed:next()[1].rows
+    assert.not_same(first, second)
+    table.sort(first)
+    table.sort(second)
+    assert.same(first, second)
+  end)
+
+  it("of similar length lie together in every stretch of fifty, each row once", function()
+    local rows, seen, longest = rows_of(230, 40), {}, {}
+    local feed = batches.new(rows, { batch_size = 2, group_by_length = true, seed = 3 })
+    for update in feed.rest, feed do
+      for _, line in ipairs(update[1].rows) do
+        seen[#seen + 1] = line
+        longest[#seen] = #rows:get(line).ids
+      end
+    end
+    table.sort(seen)
+    for i = 1, 230 do assert.equal(i, seen[i]) end
+    for i = 2, 230 do
+      if i % 100 == 1 then assert.is_true(longest[i] > longest[i - 1], i)   -- a stretch begins with its longest
+      else assert.is_true(longest[i] <= longest[i - 1], i) end
+    end
+  end)
+
   it("of similar length lie together", function()
     local feed = batches.new(rows_of(60, 40), { batch_size = 4, group_by_length = true, seed = 3 })
     local last = math.huge

@@ -117,6 +117,69 @@ describe("a run", function()
     assert.same(results[1], results[3])
   end)
 
+  it("is the loop that anyone would write: a number of dropout for every batch, one count of labels, clipped, at the schedule's rate", function()
+    local own, ran, o = adapted { dropout = 0.5 }, adapted { dropout = 0.5 }, with { max_steps = 5, optim = "adamw", clip = 0.5, weight_decay = 0 }
+    local feed = wane.train.batches.new(open(), { batch_size = 4, accumulate = 2, seed = 5 })
+    local opt = wane.optim.AdamW(own:trainable_parameters(), { lr = 0, weight_decay = 0 })
+    local rate = require("wane.optim.schedule").new("linear", { lr = 1e-2, warmup_steps = 2, total_steps = 5 })
+    for step = 0, 4 do
+      local update = feed:next()
+      for i, batch in ipairs(update) do
+        wane.autograd.seed(5, step * 2 + i)
+        own:loss(batch.ids, batch.labels, { attention_mask = batch.attention_mask, count = update.count }):backward()
+      end
+      opt:clip(0.5)
+      opt.groups[1].lr = rate(step)
+      opt:step()
+      opt:zero_grad()
+    end
+    assert(wane.train.run(ran, open(), o))
+    assert.same(values(own), values(ran))
+    own:close()
+    ran:close()
+  end)
+
+  it("decays neither norms nor biases, of however many dimensions", function()
+    local optim, groups = require "wane.optim", nil
+    local real = optim.by_name
+    optim.by_name = function(name)
+      local make, spelled = real(name)
+      return function(g, ...)
+        groups = g
+        return make(g, ...)
+      end, spelled
+    end
+    local model = assert(wane.load(golden.root .. "t5", { tokenizer = false, compute = "f32" }))
+    model:train_parameters "."
+    local rows = open()
+    rows.encoder_decoder = true
+    assert(wane.train.run(model, rows, with { max_steps = 1, optim = "adamw", weight_decay = 0.1 }))
+    optim.by_name = real
+    assert.same({ 0.1, 0 }, { groups[1].weight_decay, groups[2].weight_decay })
+    local decays = {}
+    for i, group in ipairs(groups) do
+      for _, p in ipairs(group.params) do
+        if p.name:find "relative_attention_bias" then assert.equal(2, p:dim()) end
+        decays[p.name:match "[^.]+%.[^.]+$"] = i == 1
+      end
+    end
+    assert.same({ false, false, true, true }, { decays["relative_attention_bias.weight"], decays["layer_norm.weight"], decays["q.weight"], decays["wo.weight"] })
+    model:close()
+  end)
+
+  it("tells of what it saves, each checkpoint once, and of what it evaluates", function()
+    local model, dir, seen = adapted(), folder(), {}
+    assert(wane.train.run(model, open(), with { max_steps = 4, out = dir, save_every = 2, eval_rows = open(), eval_every = 4, log = dir .. "/l.jsonl",
+      on_event = function(what, value)
+        local logged = 0
+        for _ in io.lines(dir .. "/l.jsonl") do logged = logged + 1 end
+        seen[#seen + 1] = ("%s %s %d"):format(what, what == "saved" and value:match "[^/]+$" or type(value.loss), logged)
+      end }))
+    -- The log has the lines of the updates that a checkpoint holds, and the evaluation's.
+    assert.same({ "saved checkpoint-2 2", "evaluated number 5", "saved checkpoint-4 5" }, seen)
+    model:close()
+  end)
+
   it("leaves layers checkpointed or not as the model has them, unless told", function()
     local model = adapted()
     for _, c in ipairs { { true, nil, true }, { false, nil, nil }, { true, false, nil }, { false, true, true } } do
@@ -513,6 +576,30 @@ describe("a run that fails", function()
     assert.near(result.loss, finished.loss, 1e-9)
     whole:close()
     again:close()
+  end)
+
+  it("in the midst of a step leaves no checkpoint: some parameters have changed, some have not", function()
+    local model, dir, optim, n = adapted(), folder(), require "wane.optim", 0
+    local real = optim.by_name
+    optim.by_name = function(name)
+      local make, spelled = real(name)
+      return function(...)
+        local opt = make(...)
+        local step = opt.step
+        opt.step = function(self)
+          n = n + 1
+          step(self)
+          if n == 2 then error("out of memory", 0) end
+        end
+        return opt
+      end, spelled
+    end
+    local ok, message = pcall(wane.train.run, model, open(), with { out = dir })
+    optim.by_name = real
+    assert.is_false(ok)
+    assert.equal("out of memory", message)
+    assert.is_nil(saves.latest(dir))
+    model:close()
   end)
 
   it("at a bad row goes on without it, as a run does that had left it out from the first", function()

@@ -57,12 +57,12 @@ end
 
 -- ---------------------------------------------------------------- setting up
 
--- Two groups: what decays, and norms and biases, which do not (transformers trainer.py get_decay_parameter_names).
+-- Two groups: what decays, and norms and biases, which do not (transformers trainer.py get_decay_parameter_names). Norms are told by their one dimension;
+-- T5's relative_attention_bias has two.
 local function groups_of(params, decay)
   local with, without = { params = {}, weight_decay = decay }, { params = {}, weight_decay = 0 }
   for _, p in ipairs(params) do
-    local name = p.name:lower()
-    local plain = p:dim() == 1 or name:find "bias" or name:find "layernorm" or name:find "layer_norm" or name:find "rmsnorm"
+    local plain = p:dim() == 1 or p.name:lower():find "bias"
     table.insert((plain and without or with).params, p)
   end
   local groups = {}
@@ -362,7 +362,7 @@ end
 --   out = folder for checkpoints, save_every = updates, save_total_limit, resume = false, log = path of a JSONL file, eval_rows, eval_every, patience =
 --   evaluations without gain, cancelled = function() -> true to save and stop, on_update = function(record, total), on_event = function(what, value),
 --   fingerprint = any text that a resumed run must share,
---   remember = any table that checkpoints keep: a resumed run has the first run's, held = true where the caller holds `out` already (wane.train.saves.holding) }
+--   remember = any table that checkpoints keep: a resumed run has the first run's, held = true where the caller holds `out` (wane.train.saves.holding) }
 -- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stale = evaluations since, stopped =
 --   "cancelled" | "early" | nil, records = the log's, remember, finished = true where a resumed run had no update left (stopped = "early": it had no
 --   patience left) }, string|nil message; an error raised by a later update leaves a checkpoint of the one before it in `out`, unless that was skipped
