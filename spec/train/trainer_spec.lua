@@ -163,7 +163,8 @@ describe("a run", function()
         decays[p.name:match "[^.]+%.[^.]+$"] = i == 1
       end
     end
-    assert.same({ false, false, true, true }, { decays["relative_attention_bias.weight"], decays["layer_norm.weight"], decays["q.weight"], decays["wo.weight"] })
+    assert.same({ false, false, true, true },
+      { decays["relative_attention_bias.weight"], decays["layer_norm.weight"], decays["q.weight"], decays["wo.weight"] })
     model:close()
   end)
 
@@ -454,8 +455,8 @@ describe("a run's folder", function()
 end)
 
 describe("an update that is not finite", function()
-  -- A model whose loss, or whose gradients alone, are NaN in the updates (of one batch each) that `bad` names.
-  local function sick(bad, gradients_alone)
+  -- A model whose loss and gradients, or one of them alone, are not finite in the updates (of one batch each) that `bad` names.
+  local function sick(bad, alone)
     local model = adapted { dropout = 0 }
     local real, n = model.loss, 0
     rawset(model, "loss", function(self, ...)
@@ -463,7 +464,12 @@ describe("an update that is not finite", function()
       n = n + (wane.autograd.allowed() and 1 or 0)                        -- evaluations are not counted
       if not wane.autograd.allowed() or not bad[n] then return loss end
       local p = self:trainable_parameters()[1]
-      return wane.autograd.record(function() return gradients_alone and loss + (p - p):sqrt():sum() or loss * (0 / 0) end)
+      if alone == "its loss" then
+        local shown = loss + math.huge
+        shown.backward = function() loss:backward() end
+        return shown
+      end
+      return wane.autograd.record(function() return alone and loss + (p - p):sqrt():sum() or loss * (0 / 0) end)
     end)
     return model
   end
@@ -473,10 +479,10 @@ describe("an update that is not finite", function()
     return list
   end
 
-  for _, alone in ipairs { false, true } do
-    it("changes nothing, and the run goes on: " .. (alone and "its gradients" or "its loss"), function()
+  for _, what in ipairs { "both", "its gradients", "its loss" } do
+    it("changes nothing, and the run goes on: " .. what, function()
       local dir, before = folder(), {}
-      local model = sick({ [2] = true, [3] = true, [5] = true, [6] = true }, alone)
+      local model = sick({ [2] = true, [3] = true, [5] = true, [6] = true }, what ~= "both" and what)
       local result = assert(wane.train.run(model, open(), with { accumulate = 1, optim = "adamw", max_steps = 7, log = dir .. "/l.jsonl",
         on_update = function(r) before[r.step] = values(model) end }))
       assert.equal(7, result.steps)
@@ -484,8 +490,8 @@ describe("an update that is not finite", function()
         if step > 1 then assert.equal(skipped, pcall(assert.same, before[step - 1], before[step]), step) end
         local line = lines_of(dir .. "/l.jsonl")[step]
         assert.equal(skipped, line.skipped == true)
-        assert.equal(skipped, line.grad_norm == cjson.null)
-        assert.equal(skipped and not alone, line.loss == cjson.null)
+        assert.equal(skipped and what ~= "its loss", line.grad_norm == cjson.null)
+        assert.equal(skipped and what ~= "its gradients", line.loss == cjson.null)
       end
       model:close()
     end)
@@ -494,10 +500,14 @@ describe("an update that is not finite", function()
   it("leaves no checkpoint and no best result, three in a row end the run, and so does one at its end", function()
     for steps, bad in pairs { [9] = { [3] = true, [4] = true, [5] = true }, [3] = { [3] = true } } do
       local dir, model = folder(), sick(bad)
-      local o = with { accumulate = 1, max_steps = steps, out = dir, save_every = 1, save_total_limit = 1, eval_rows = open(), eval_every = 1 }
+      local o = with { accumulate = 1, max_steps = steps, out = dir, save_every = 1, save_total_limit = 1, eval_rows = open(), eval_every = 1,
+        log = dir .. "/l.jsonl" }
       assert.error_matches(function() wane.train.run(model, open(), o) end,
         steps == 9 and "the loss or the gradients of updates 3 to 5 are not finite: a smaller lr" or "of update 3 are not finite")
       assert.equal(2, select(2, saves.latest(dir)))
+      local looked = 0
+      for _, line in ipairs(lines_of(o.log)) do looked = looked + (line.eval_loss and 1 or 0) end
+      assert.equal(2, looked)
       for _, p in pairs(assert(require("wane.serialize").load(dir .. "/best/parameters.safetensors"))) do
         assert.is_true(p:isfinite():all():item() ~= 0)
       end
