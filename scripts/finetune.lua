@@ -74,6 +74,17 @@ local function earlier_result(dir)
   for _, name in ipairs(RESULTS) do if C.wane_path_kind(dir .. "/" .. name) ~= C.WANE_PATH_NONE then return name end end
 end
 
+-- --lora: an adapter that is trained further is as its files say.
+local function check_continued(args)
+  if #args.lora == 0 then return end
+  if #args.lora > 1 then cli.usage "--lora: one adapter is trained further, and several were given" end
+  for _, option in ipairs { "lora_r", "trainable", unpack(ADAPTER) } do
+    if args[option] ~= nil then cli.usage("--%s: the adapter of --lora is trained further, as its files say: leave this out", (option:gsub("_", "-"))) end
+  end
+  local folder = cli.check(require("wane.hub").resolve(args.lora[1]))
+  if not require("wane.checkpoint.paths").is_file(folder .. "/adapter_config.json") then cli.fail("--lora: '%s' holds no adapter_config.json", folder) end
+end
+
 -- Wrong usage is told before anything is read.
 local function check(args)
   for _, option in ipairs { "model", "data", "out" } do if not args[option] then cli.usage("--%s is missing", option) end end
@@ -93,7 +104,7 @@ local function check(args)
   if earlier then cli.usage("--out: %s is of an earlier run; --resume goes on from it", earlier) end
   local result = not args.resume and earlier_result(args.out)
   if result then cli.usage("--out: '%s' holds %s, an earlier result's or a model's: choose another folder, or remove it", args.out, result) end
-  if #args.lora > 0 then cli.usage "--lora: a new adapter is trained; to go on training one, use --resume or wane.lora.load with trainable = true" end
+  check_continued(args)
   if args.max_length == 1 then cli.usage "--max-length: a number above 1 was expected: a single token has nothing to predict" end
   if args.packing and args.group_by_length then cli.usage "--packing and --group-by-length exclude each other" end
   if (args.eval_every or args.patience) and not args.eval_data then cli.usage "--eval-every and --patience need --eval-data" end
@@ -121,16 +132,22 @@ end
 local function choose(model, args)
   local lora = require "wane.lora"
   lora.prepare_for_kbit_training(model, { checkpointing = args.checkpointing or false })
+  local attached
   if args.trainable then
     local ok, n = pcall(model.train_parameters, model, args.trainable)
     if not ok then cli.fail("--trainable %s: %s", args.trainable, (tostring(n):gsub("^[^\n:]+%.lua:%d+: ", ""))) end
     if n == 0 then cli.fail("--trainable %s: no parameter of this model is called so (wane inspect lists them)", args.trainable) end
   end
   if args.trainable and not args.lora_r then return false, 0, 0 end
-  local attached = lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout,
-    target_modules = names(args.target_modules), modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora,
-    use_dora = args.use_dora, seed = args.seed or 42 })
-  if #attached.unused > 0 then cli.note("--target-modules: nothing in this model is called %s", table.concat(attached.unused, ", ")) end
+  if args.lora[1] then
+    attached = cli.check(lora.load(model, args.lora[1], { trainable = true }))
+    for _, name in ipairs(attached.missing) do cli.fail("--lora %s: no values for '%s'", args.lora[1], name) end
+  else
+    attached = lora.attach(model, { r = args.lora_r, alpha = args.lora_alpha or 16, dropout = args.lora_dropout,
+      target_modules = names(args.target_modules), modules_to_save = names(args.modules_to_save), bias = args.bias, use_rslora = args.use_rslora,
+      use_dora = args.use_dora, seed = args.seed or 42 })
+  end
+  if #attached.unused > 0 then cli.note("target modules: nothing in this model is called %s", table.concat(attached.unused, ", ")) end
   local report, trainable, all = lora.trainable_report(model)
   if not args.json then print(report) end
   return true, trainable, all
@@ -154,7 +171,7 @@ end
 
 -- What a resumed run must have been started with, beside what the trainer compares.
 local SETTINGS = { "model", "data", "text_field", "max_length", "quant", "double_quant", "block_size", "threshold", "skip", "rules",
-  "compute", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable" }
+  "compute", "lora", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora", "trainable" }
 local LISTS = { skip = true, target_modules = true, modules_to_save = true }
 
 -- The names of a list in one order, each once.
@@ -314,7 +331,7 @@ cli.run(parser, function(args)
   check(args)
   local wane = require "wane"
   local rows, held_out = look(args)
-  local model, tok = cli.load_model(args)
+  local model, tok = cli.load_model(setmetatable({ lora = {} }, { __index = args }))       -- choose() sees to the adapter
   if not tok then cli.note("no tokenizer: %s", tostring(model.tokenizer_error)) end
   local adapter, trainable, all = choose(model, args)
   local result = train(model, tok, args, rows, held_out, function()

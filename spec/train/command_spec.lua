@@ -167,6 +167,35 @@ describe("wane finetune", function()
     end
   end)
 
+  it("trains an adapter further with --lora, as its files say", function()
+    local first, second, none = folder(), folder(), folder()
+    local more = ("%s finetune --model %sllama --data %s --quant nf4 --batch-size 4 --max-steps 2 --lora %s "):format(bin, golden.root, rows_path, first)
+    local _, err, status = run(base .. " --max-steps 2 --out " .. first)
+    assert.equal(0, status, err)
+    _, err, status = run(more .. "--lr 0 --out " .. second)
+    assert.equal(0, status, err)
+    assert.same(adapter(first), adapter(second))
+    local function config(dir)
+      local c = cjson.decode(assert(io.open(dir .. "/adapter_config.json")):read "*a")
+      return { c.r, c.lora_alpha, c.lora_dropout, #c.target_modules }
+    end
+    assert.same(config(first), config(second))
+    local third = folder()
+    _, err, status = run(more .. "--lr 1e-2 --save-every 1 --out " .. third)
+    assert.equal(0, status, err)
+    assert.not_same(adapter(first), adapter(third))
+    for name in pairs(adapter(first)) do assert.is_truthy(adapter(third)[name], name) end
+    for _, case in ipairs { { more .. "--lora-r 8 --out " .. none, 2, "--lora-r: the adapter of --lora is trained further" },
+                            { more .. "--lora " .. second .. " --out " .. none, 2, "one adapter is trained further" },
+                            { more:gsub("--lora %S+", "--lora " .. none) .. "--out " .. none .. "/x", 1, "holds no adapter_config.json" },
+                            { more .. "--out " .. first, 2, "an earlier result's or a model's" },
+                            { more:gsub("--lora %S+", "--lora " .. second) .. "--lr 1e-2 --save-every 1 --resume --out " .. third, 1, "the settings" } } do
+      _, err, status = run(case[1])
+      assert.equal(case[2], status, err)
+      assert.is_truthy(err:find(case[3], 1, true), err)
+    end
+  end)
+
   it("tells what fails with status 1", function()
     local dir = folder()
     for pattern, options in pairs {
