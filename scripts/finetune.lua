@@ -298,6 +298,7 @@ end
 
 -- The curve in the terminal and as an SVG beside the log.
 local function show_curve(result, args)
+  if #result.curve[1].points + #result.curve[2].points == 0 then return end                -- a finished run, resumed with another log
   local curve, path = require("wane.train").curve, log_path(args):gsub("%.jsonl$", "") .. ".svg"
   local f = may_replace(path) and io.open(path, "w")
   if f then
@@ -323,8 +324,8 @@ local function tell(result, report, args)
   if result.after then
     print(("held out: perplexity %s -> %.4f"):format(result.before and ("%.4f"):format(result.before.perplexity) or "?", result.after.perplexity))
   end
-  print(("%d updates%s in %s, %.0f tokens/s, loss %.4f, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
-    cli.seconds(result.seconds), result.tokens_per_s, result.loss or 0 / 0, cli.bytes(report.peak_rss_bytes), args.out))
+  print(("%d updates%s in %s, %.0f tokens/s%s, peak memory %s -> %s"):format(result.steps, result.stopped and " (" .. result.stopped .. ")" or "",
+    cli.seconds(result.seconds), result.tokens_per_s, result.loss and (", loss %.4f"):format(result.loss) or "", cli.bytes(report.peak_rss_bytes), args.out))
 end
 
 cli.run(parser, function(args)

@@ -46,7 +46,8 @@ static inline wane_int8_layout wane_int8_plan(int64_t M, int64_t K) {
 
 /* ---- the ops: linear.h's record, group LLM_INT8 ----
  * SCAN: flags of the columns, chunks of columns. PREPARE and PACK: codes, chunks of rows; with i[WANE_LINEAR_ALONE] they scan first
- * themselves, in one chunk, which is cheaper for a small x. ROWS and MANY: the product, chunks of N. */
+ * themselves, in one chunk, which is cheaper for a small x. ROWS and MANY: the product, chunks of N,
+ * or of blocks of N and slices of M. */
 enum { WANE_INT8_ROWS = 64 };    /* weight rows a step of the product, at most */
 
 /* One instruction set's pieces of the product; the loops around them are wane_int8_product. */

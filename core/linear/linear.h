@@ -36,7 +36,7 @@ enum {
   WANE_OP_LINEAR_PREPARE = WANE_OP_LINEAR,        /* x -> workspace of ROWS;   chunks over m */
   WANE_OP_LINEAR_ROWS = WANE_OP_LINEAR + 8,       /* workspace, W -> y;        chunks over n */
   WANE_OP_LINEAR_PACK = WANE_OP_LINEAR + 16,      /* x -> workspace of MANY;   chunks over m */
-  WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, x, W -> y;     chunks over n. Tiles read bf16 x in place, and BACK dy */
+  WANE_OP_LINEAR_MANY = WANE_OP_LINEAR + 24,      /* workspace, x, W -> y;     chunks over n (tiles: and m). Tiles read bf16 x in place, and BACK dy */
   WANE_OP_LINEAR_BACK_PACK = WANE_OP_LINEAR + 32, /* dy -> workspace of BACK;  chunks over m */
   WANE_OP_LINEAR_BACK = WANE_OP_LINEAR + 40,      /* workspace, dy, W -> dx;   chunks over k */
   WANE_OP_LINEAR_SCAN = WANE_OP_LINEAR + 48,      /* x -> workspace, before PREPARE and PACK; chunks over k. LLM_INT8 only: outlier columns of all rows */

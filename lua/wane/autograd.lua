@@ -257,7 +257,8 @@ local info = core.info_type()
 local function unchanged(node, t, what)
   -- A tensor that was closed is found by whoever reads it.
   if C.wane_tensor_info(t.h, info) == 0 and info.ticket > node.ticket then
-    core.raise("backward: %s of '%s', %s, was changed in place after it was recorded, so its gradient would be wrong: change a clone()",
+    core.raise("backward: %s of '%s', %s, or what it shares memory with, was changed in place after it was recorded: its gradient would be wrong; "
+      .. "change a clone()",
       what, node.name, t:describe())
   end
 end

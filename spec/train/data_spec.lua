@@ -204,6 +204,9 @@ describe("rows", function()
       ['{"input_ids":[5,6],"attention_mask":[1,true]}'] = "entry 2 of 'attention_mask' is neither 0 nor 1",
       ['{"input_ids":[5,6,7],"attention_mask":[1,0,1]}'] = "has a 0 between its ones", ['{"input_ids":[5,6],"attention_mask":[0,0]}'] = "nothing to learn",
       ['{"input_ids":7,"attention_mask":[0,0]}'] = "no list as long",
+      ['{"input_ids":[5,6,7,8],"attention_mask":[1,1,1,1],"labels":[5,6,7,8,9,10]}'] = "4 ids and 6 labels",
+      ['{"input_ids":[5,6,7,8],"attention_mask":[0,0,1,1],"labels":[7,8]}'] = "4 ids and 2 labels",
+      ['{"input_ids":[5,6],"attention_mask":[1,1],"labels":7}'] = "'labels' is no list of ids",
     } do
       assert.error_matches(function() row(line) end, "line 1: .*" .. reason)
     end

@@ -497,36 +497,57 @@ describe("an update that is not finite", function()
     end)
   end
 
-  it("leaves no checkpoint and no best result, three in a row end the run, and so does one at its end", function()
-    for steps, bad in pairs { [9] = { [3] = true, [4] = true, [5] = true }, [3] = { [3] = true } } do
-      local dir, model = folder(), sick(bad)
-      local o = with { accumulate = 1, max_steps = steps, out = dir, save_every = 1, save_total_limit = 1, eval_rows = open(), eval_every = 1,
-        log = dir .. "/l.jsonl" }
-      assert.error_matches(function() wane.train.run(model, open(), o) end,
-        steps == 9 and "the loss or the gradients of updates 3 to 5 are not finite: a smaller lr" or "of update 3 are not finite")
-      assert.equal(2, select(2, saves.latest(dir)))
-      local looked = 0
-      for _, line in ipairs(lines_of(o.log)) do looked = looked + (line.eval_loss and 1 or 0) end
-      assert.equal(2, looked)
-      for _, p in pairs(assert(require("wane.serialize").load(dir .. "/best/parameters.safetensors"))) do
-        assert.is_true(p:isfinite():all():item() ~= 0)
-      end
-      model:close()
-    end
+  -- Values of a checkpoint's trained tensors, as values(model) has them.
+  local function saved_values(dir, step)
+    local out = {}
+    for name, p in pairs(assert(require("wane.serialize").load(("%s/checkpoint-%d/parameters.safetensors"):format(dir, step)))) do out[name] = p:totable() end
+    return out
+  end
+  local function model_values(model)
+    local out = {}
+    for _, p in ipairs(model:trainable_parameters()) do out[p.name] = p:totable() end
+    return out
+  end
+
+  it("puts off checkpoints and evaluations; three in a row end the run, and nothing is lost", function()
+    local dir, model, sound = folder(), sick { [3] = true, [4] = true, [5] = true }, nil
+    local o = with { accumulate = 1, max_steps = 9, out = dir, save_every = 1, save_total_limit = 1, eval_rows = open(), eval_every = 1,
+      log = dir .. "/l.jsonl", on_update = function(r) if r.step == 2 then sound = model_values(model) end end }
+    assert.error_matches(function() wane.train.run(model, open(), o) end,
+      "the loss or the gradients of updates 3 to 5 are not finite: a smaller lr.*checkpoint%-5")
+    local looked = 0
+    for _, line in ipairs(lines_of(o.log)) do looked = looked + (line.eval_loss and 1 or 0) end
+    assert.equal(2, looked)
+    assert.same(sound, saved_values(dir, 2))                                                 -- still there, whatever the limit
+    assert.same(sound, saved_values(dir, 5))
+    assert.is_false(paths.is_folder(dir .. "/checkpoint-3"))
+    model:close()
   end)
 
-  it("has a checkpoint of its run's last whole update neither by ctrl-C nor by an error behind it", function()
-    for _, how in ipairs { "cancelled", "on_update" } do
+  it("makes up for a checkpoint and an evaluation that fell on it with the next sound update", function()
+    local dir, model = folder(), sick { [4] = true }
+    local result = assert(wane.train.run(model, open(), with { accumulate = 1, max_steps = 6, out = dir, save_every = 4, eval_rows = open(), eval_every = 4,
+      log = dir .. "/l.jsonl" }))
+    assert.equal(5, result.best.step)
+    for step, there in pairs { [4] = false, [5] = true, [6] = true } do assert.equal(there, paths.is_folder(("%s/checkpoint-%d"):format(dir, step)), step) end
+    model:close()
+  end)
+
+  it("loses nothing where it is the last, by the run's length, by ctrl-C or by an error behind it", function()
+    for _, how in ipairs { "max_steps", "cancelled", "on_update" } do
       local dir, model = folder(), sick { [2] = true }
-      local o = with { accumulate = 1, max_steps = 9, out = dir }
-      local n = 0
-      o[how] = function()
-        n = n + 1
+      local o, n, sound = with { accumulate = 1, max_steps = how == "max_steps" and 2 or 9, save_every = 50, out = dir }, 0, nil
+      o.on_update = function(r)
+        n = r.step
+        if n == 1 then sound = model_values(model) end
         if n == 2 and how == "on_update" then error("full", 0) end
-        return n == 2
       end
-      assert.is_false(pcall(wane.train.run, model, open(), o))
-      assert.is_nil(saves.latest(dir))
+      if how == "cancelled" then o.cancelled = function() return n == 2 end end
+      local ok, result = pcall(wane.train.run, model, open(), o)
+      assert.equal(how ~= "on_update", ok)
+      if how == "cancelled" then assert.equal("cancelled", result.stopped) end
+      assert.equal(2, select(2, saves.latest(dir)))
+      assert.same(sound, saved_values(dir, 2))
       model:close()
     end
   end)
@@ -834,6 +855,21 @@ describe("logs and curves", function()
     assert(wane.train.run(model, open(), with { max_steps = 1, log = path }))
     assert(wane.train.run(model, open(), with { max_steps = 1, log = path }))
     model:close()
+  end)
+
+  it("a log is written through a link, and over no pipe or device", function()
+    local dir = folder()
+    write(dir .. "/real.jsonl", "")
+    os.execute(("ln -s real.jsonl %s/link.jsonl; mkfifo %s/pipe"):format(dir, dir))
+    local l = assert(log.open(dir .. "/link.jsonl"))
+    l:add { step = 1, loss = 1 }
+    l:close()
+    assert.equal(1, cjson.decode(io.open(dir .. "/real.jsonl"):read "*l").step)
+    assert.equal(0, os.execute(("test -h %s/link.jsonl"):format(dir)))
+    for _, path in ipairs { dir .. "/pipe", "/dev/null", dir } do
+      assert.matches("is a folder, a device or a pipe", (select(2, log.open(path))))
+    end
+    assert.equal(0, os.execute(("test -p %s/pipe && test -c /dev/null"):format(dir)))
   end)
 
   it("a log is one run's at a time", function()

@@ -114,7 +114,7 @@ local recorded = {
 
   where = by(function(dy, _, cond) return nil, cond:where(dy, 0), cond:where(0, dy) end),
   masked_fill = by(function(dy, _, _, mask) return dy:masked_fill(mask, 0), nil, mask:where(dy, 0) end),
-  clamp = by(function(dy, _, x, low, high)                           -- at a bound itself x has none, as torch has it
+  clamp = by(function(dy, _, x, low, high)                           -- at a bound itself x has none; of a bound that is a tensor it has it
     local dlow, dhigh
     if high then
       local above = (low and x:maximum(low) or x):ge(high)

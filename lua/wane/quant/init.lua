@@ -25,6 +25,8 @@ local default_block = { nf4 = 64, fp4 = 64, ["int8-blockwise"] = 4096, ["int8-bl
 -- @return wane.Tensor of a quantized dtype; its parts are fields (q.codes, q.absmax, …), q:dequantize("f32") gives the values
 function M.quantize(x, options)
   if not Tensor.is(x) then core.raise("quantize: expected a tensor, found a %s", type(x)) end
+  local autograd = require "wane.autograd"
+  if autograd.recording and autograd.needs(x) then core.raise "quantize: no gradient passes it, and x leads to a leaf: detach() it" end
   if type(options) == "string" then options = { type = options } end
   if type(options) ~= "table" then core.raise("quantize: expected { type = 'nf4' … }, found a %s", type(options)) end
   for key in pairs(options) do

@@ -21,7 +21,11 @@ Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.dot = Tensor.matmul, Tensor.matmul, Ten
 
 --- Outer product of two vectors.
 -- @return wane.Tensor
-function Tensor:outer(other) return core.scope(function() return self:unsqueeze(2) * other:unsqueeze(1) end) end
+function Tensor:outer(other)
+  if not is(other) then core.raise("outer: expected a tensor, found a %s", type(other)) end
+  if self:dim() ~= 1 or other:dim() ~= 1 then core.raise("outer: expected two vectors, found %s and %s", self:describe(), other:describe()) end
+  return core.scope(function() return self:unsqueeze(2) * other:unsqueeze(1) end)
+end
 
 --- self where rows + k compares with columns, else 0.
 local function triangle(self, k, compare, name)

@@ -161,11 +161,14 @@ end
 -- Rows that were made elsewhere may be made for another model: an id that this one lacks is told here, by its line, not by the op that meets it.
 function makers.ids(self, row)
   local ids, labels = row.input_ids, row.labels or row.input_ids
-  local size = self.vocabulary or 2 ^ 31
+  local size, apart = self.vocabulary or 2 ^ 31, self.encoder_decoder and row.labels         -- apart: labels of the decoder's
   if row.attention_mask ~= nil then
     local from, to = unmasked(row.attention_mask, ids)
     if not from then return nil, to end
-    if not self.encoder_decoder or not row.labels then labels = slice(labels, from, to) end
+    if not apart and type(labels) == "table" then
+      if #labels ~= #ids then return nil, ("%d ids and %d labels"):format(#ids, #labels) end
+      labels = slice(labels, from, to)
+    end
     ids = slice(ids, from, to)
   end
   for _, field in ipairs { { "input_ids", ids }, { "labels", labels } } do

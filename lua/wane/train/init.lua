@@ -128,11 +128,13 @@ local function settings_of(run)
 end
 
 --- Writes checkpoint-STEP; raises where that fails.
-function Run:save()
+-- @param keep boolean|nil none of the older ones goes for it
+function Run:save(keep)
   local state = { step = self.step, feed = self.before or self.feed:state(), best = self.best, stale = self.stale,
     remember = self.o.remember, settings = settings_of(self) }
   self.saving = true
-  local path, message = saves.write(self.o.out, self.step, { model = self.model, params = self.params, opt = self.opt, state = state }, self.o.save_total_limit)
+  local path, message = saves.write(self.o.out, self.step, { model = self.model, params = self.params, opt = self.opt, state = state },
+    not keep and self.o.save_total_limit or nil)
   if not path then core.raise("train.run: the checkpoint of step %d was not written: %s", self.step, message) end
   self.saved, self.saving = self.step, false
   if self.o.on_event then self.o.on_event("saved", path) end
@@ -211,7 +213,9 @@ function M.evaluate(model, rows, o)
     autograd.no_grad(core.scope, function() sum = sum + model:loss(batch.ids, batch.labels, loss_options(batch, 1)):item() end)
     count = count + batch.count
   end
-  if count == 0 then core.raise("train.evaluate: no row of '%s' has anything to score%s", tostring(rows.path), rows.bad > 0 and ": all were left out" or "") end
+  if count == 0 then
+    core.raise("train.evaluate: no row of '%s' has anything to score%s", tostring(rows.path), (rows.bad or 0) > 0 and ": all were left out" or "")
+  end
   return { loss = sum / count, perplexity = math.exp(sum / count), count = count }
 end
 
@@ -266,10 +270,10 @@ function Run:update()
   if o.on_update then o.on_update(record, o.total_steps) end
 end
 
---- Raises: the last updates were skipped, and what they were to change is not to be trusted.
+--- Raises: the last updates were skipped, and the next would hardly fare better.
 function Run:give_up()
-  core.raise("train.run: the loss or the gradients of %s not finite: a smaller lr or f32 compute may help; wane.autograd.anomaly = true names the op",
-    self.broken == 1 and ("update %d are"):format(self.step) or ("updates %d to %d are"):format(self.step - self.broken + 1, self.step))
+  core.raise("train.run: the loss or the gradients of updates %d to %d are not finite: a smaller lr or f32 compute may help; "
+    .. "wane.autograd.anomaly = true names the op", self.step - self.broken + 1, self.step)
 end
 
 --- Evaluates; true where the run should stop early.
@@ -295,19 +299,22 @@ function Run:is_stale() return self.o.patience ~= nil and self.stale >= self.o.p
 
 local function due(step, every) return every and every > 0 and step % every == 0 end
 
---- The updates up to the last one. Nothing is looked at or written behind an update that was skipped: what led to it may be in the parameters.
+--- The updates up to the last one. An evaluation or a checkpoint that falls on a skipped update waits for the next sound one: the run may be about to
+-- end, and older checkpoints would go for one of the same parameters.
 -- @return string|nil why it stopped before
 function Run:go()
-  local o = self.o
+  local o, look, save = self.o, false, false
   local stopped = self:is_stale() and "early" or nil
   while self.step < o.total_steps and not stopped do
     self:update()
-    local sound = self.broken == 0
+    look, save = look or (o.eval_rows and due(self.step, o.eval_every)), save or due(self.step, o.save_every)
     if o.cancelled and o.cancelled() then stopped = "cancelled" end
-    if sound and o.eval_rows and due(self.step, o.eval_every) and self:look() then stopped = "early" end
-    if sound and due(self.step, o.save_every) then self:save() end
+    if self.broken == 0 then
+      if look and self:look() then stopped = "early" end
+      if save then self:save() end
+      look, save = false, false
+    end
   end
-  if self.broken > 0 then self:give_up() end
   if o.out and (o.save_every or stopped == "cancelled") and self.saved ~= self.step then self:save() end
   return stopped
 end
@@ -315,8 +322,8 @@ end
 --- After an error: the checkpoint of the last whole update, if there is something to keep.
 -- @return string|nil its path
 function Run:rescue()
-  if not self.o.out or self.broken > 0 or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
-  return pcall(self.save, self) and saves.latest(self.o.out) or nil
+  if not self.o.out or self.saving or self.stepping or self.step == 0 or self.saved == self.step then return nil end
+  return pcall(self.save, self, true) and saves.latest(self.o.out) or nil
 end
 
 -- ---------------------------------------------------------------- the run
@@ -365,7 +372,7 @@ end
 --   remember = any table that checkpoints keep: a resumed run has the first run's, held = true where the caller holds `out` (wane.train.saves.holding) }
 -- @return table|nil { steps, loss = of the last update, seconds, tokens, tokens_per_s, best = { eval_loss, step }, stale = evaluations since, stopped =
 --   "cancelled" | "early" | nil, records = the log's, remember, finished = true where a resumed run had no update left (stopped = "early": it had no
---   patience left) }, string|nil message; an error raised by a later update leaves a checkpoint of the one before it in `out`, unless that was skipped
+--   patience left) }, string|nil message; an error raised by a later update leaves a checkpoint of the one before it in `out`
 function M.run(model, rows, given)
   local o = options_of(given)
   if (o.save_every or o.resume) and not o.out then core.raise "train.run: save_every and resume need `out`, the folder of the checkpoints" end

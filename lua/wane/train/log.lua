@@ -56,19 +56,25 @@ local function is_log(path)
   return ok and type(record) == "table" and type(record.step) == "number" and (record.loss or record.eval_loss) ~= nil
 end
 
---- Whether a log can be put at `path`: in a folder that can be written, over nothing but another log, and not over what a run reads. Nothing stays
--- of the trial.
+--- Whether a log can be put at `path`: in a folder that can be written, over nothing but another log (no device, no pipe: it is renamed into place),
+-- and not over what a run reads. Nothing stays of the trial.
 -- @param path string
 -- @param data string[]|nil files of training data
 -- @return true|nil, string|nil message
 function M.can_write(path, data)
   local box = ffi.new "wane_writer *[1]"
-  if paths.is_folder(path) then return nil, ("cannot write the log: '%s' is a folder"):format(path) end
-  for _, file in ipairs(data or {}) do
-    if paths.real(file) == paths.real(path) and paths.real(path) then return nil, ("cannot write the log: '%s' is the data"):format(path) end
+  path = paths.real(path) or path
+  local kind = core.C.wane_path_kind(path)
+  if kind ~= core.C.WANE_PATH_NONE and kind ~= core.C.WANE_PATH_FILE then
+    return nil, ("cannot write the log: '%s' is a folder, a device or a pipe"):format(path)
   end
-  if paths.is_file(path) and not is_log(path) then
-    return nil, ("cannot write the log: '%s' is there, and no log of wane: choose another file, or remove it"):format(path)
+  for _, file in ipairs(data or {}) do
+    if paths.real(file) == path then return nil, ("cannot write the log: '%s' is the data"):format(path) end
+  end
+  local ours, message = true, nil
+  if kind == core.C.WANE_PATH_FILE then ours, message = is_log(path) end
+  if not ours then
+    return nil, ("cannot write the log: %s"):format(message or ("'%s' is there, and no log of wane: choose another file, or remove it"):format(path))
   end
   if core.C.wane_writer_open(box, path) < 0 then return nil, "cannot write the log: " .. ffi.string(core.C.wane_error()) end
   core.C.wane_writer_free(box[0])
@@ -90,6 +96,7 @@ end
 -- @param data string[]|nil files that it must not be
 -- @return wane.TrainLog|nil, string|nil message where it cannot be written, string|nil code: "busy" where another run writes it, "io"
 function M.open(path, resume, data)
+  path = path and paths.real(path) or path                          -- a link stays one, and its file has one lock
   local self = setmetatable({ path = path, records = {} }, Log)
   if not path then return self end
   local ok, message, code = M.can_write(path, data)

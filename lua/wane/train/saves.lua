@@ -155,7 +155,10 @@ local function write_folder(dir, name, steps)
   local old = ("%s/.%s.old"):format(dir, name)
   local replaced = paths.is_folder(whole) and os.rename(whole, old)
   local ok, message = os.rename(part, whole)
-  if not ok then return nil, message end
+  if not ok then
+    if replaced then os.rename(old, whole) end
+    return nil, message
+  end
   paths.flush(dir)                                       -- before older ones go: a machine that goes down now has this one or those
   if replaced then remove_folder(old) end
   return whole
