@@ -756,6 +756,9 @@ WANE_API void wane_encoding_free(wane_encoding *e);
  * to `out` (no NUL) and sets *bytes to the length of the whole text: when it is larger than size, call again with more room. */
 WANE_API int wane_tokenizer_decode(const wane_tokenizer *t, const int32_t *ids, int64_t count, int skip_special, char *out, size_t size, size_t *bytes);
 
+/* Bytes of the longest part of a text, from its beginning, that is valid UTF-8: all of them where the text is (Unicode 15, table 3-7). */
+WANE_API size_t wane_utf8_valid(const char *text, size_t bytes);
+
 /* ---- patterns for names ---- */
 /* A PCRE2 pattern (UTF, UCP) that must match the whole of a text. One thread at a time. */
 typedef struct wane_pattern wane_pattern;

@@ -88,6 +88,8 @@ size_t text_valid(const char *s, size_t n) {
   return n;
 }
 
+size_t wane_utf8_valid(const char *text, size_t bytes) { return text_valid(text, bytes); }
+
 void text_lossy(text_buf *out, const char *s, size_t n) {
   while (n) {
     size_t good = text_valid(s, n), bad;

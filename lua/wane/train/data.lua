@@ -205,24 +205,9 @@ local function decode(text)
   return row
 end
 
--- Sequences of UTF-8: no overlong ones, no surrogates, nothing above U+10FFFF.
-local SEQUENCES = { "[\194-\223][\128-\191]", "\224[\160-\191][\128-\191]", "[\225-\236\238\239][\128-\191][\128-\191]", "\237[\128-\159][\128-\191]",
-  "\240[\144-\191][\128-\191][\128-\191]", "[\241-\243][\128-\191][\128-\191][\128-\191]", "\244[\128-\143][\128-\191][\128-\191]" }
-
--- The place of the first byte that is no UTF-8, or nil.
-local function not_utf8(text)
-  for _, sequence in ipairs(SEQUENCES) do
-    if not text:find "[\128-\255]" then return nil end
-    text = text:gsub(sequence, function(s) return (" "):rep(#s) end)
-  end
-  return (text:find "[\128-\255]")
-end
-
 local function cut(list, n)
   if #list <= n then return list, false end
-  local out = {}
-  for i = 1, n do out[i] = list[i] end
-  return out, true
+  return slice(list, 1, n), true
 end
 
 local function scored(labels, from)
@@ -234,8 +219,8 @@ end
 local function make(self, i, line)
   local text, message = self.lines:get(line)
   if not text then return nil, message end
-  local wrong = not_utf8(text)
-  if wrong then return nil, ("byte %d is no UTF-8"):format(wrong) end
+  local valid = tonumber(core.C.wane_utf8_valid(text, #text))
+  if valid < #text then return nil, ("byte %d is no UTF-8"):format(valid + 1) end
   local row
   row, message = decode(text)
   if not row then return nil, message end
